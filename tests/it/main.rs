@@ -1,0 +1,1 @@
+//! Integration tests: real Postgres, real nodes; a module for each promise.
