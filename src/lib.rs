@@ -3,4 +3,6 @@
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
 pub mod cursor;
+pub mod event;
+pub mod feed;
 pub mod protocol;
