@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::unistd::Uid;
 use postgresql_embedded::{PostgreSQL, Settings, VersionReq};
 
-use super::account::Account;
+use super::account::{Account, make_open_folder};
 
 /// The oldest supported major version.
 const MIN_MAJOR: u32 = 14;
@@ -166,7 +166,7 @@ fn children(folder: &Path, start: &str, end: &str) -> Vec<PathBuf> {
 async fn fetched(account: Account) -> Result<Binaries, String> {
     let cache = cache_folder().ok_or("no home directory for a cache")?;
     let told = |error: io::Error| format!("{}: {error}", cache.display());
-    fs::create_dir_all(&cache).map_err(told)?;
+    make_open_folder(&cache).map_err(told)?;
     let lock = wait_for_lock(cache.join("fetch.lock")).await.map_err(told)?;
     let have = || newest(matching(&cache, "*/bin").into_iter(), account);
     if let Some(found) = have() {

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use rand::RngExt;
 use rand::distr::Alphanumeric;
 
-use super::account::Account;
+use super::account::{Account, make_open_folder};
 use super::binaries::{Binaries, BinariesError};
 use super::port::free_port;
 use super::run_folder::RunFolder;
@@ -328,7 +328,7 @@ impl PrivateServer {
             return Ok(String::new());
         }
         if !path.exists() {
-            fs::DirBuilder::new().mode(0o755).create(&path)?;
+            make_open_folder(&path)?;
             self.account.own(&path)?;
         }
         Ok(text)

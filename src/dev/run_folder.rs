@@ -7,9 +7,9 @@
 //!
 //! Must not know how a server is configured; it knows only where its process id stands.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
-use super::account::Account;
+use super::account::{Account, make_open_folder};
 
 /// Temporary folders start with this.
 const PREFIX: &str = "tidewire-run-";
@@ -67,11 +67,9 @@ impl RunFolder {
     pub(super) fn temporary(account: Account) -> io::Result<Self> {
         let parent = temporary_parent(account)?;
         sweep(&parent);
-        let path = tempfile::Builder::new()
-            .prefix(PREFIX)
-            .permissions(fs::Permissions::from_mode(0o755))
-            .tempdir_in(parent)?
-            .keep();
+        let path = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?.keep();
+        // Afterwards, since the umask would take from a mode asked for at creation.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         let owner = own_new(&path)?;
         Self::watched(path, owner, true)
     }
@@ -81,7 +79,7 @@ impl RunFolder {
     /// # Errors
     /// When another live process owns the folder, or `account` may not enter it.
     pub(super) fn kept(path: &Path, account: Account) -> io::Result<Self> {
-        DirBuilder::new().recursive(true).mode(0o755).create(path)?;
+        make_open_folder(path)?;
         let path = path.canonicalize()?;
         if let Some(blocked) = account.blocked_at(&path)? {
             return Err(io::Error::other(format!(
