@@ -8,6 +8,8 @@ pub mod dev;
 pub mod event;
 pub mod feed;
 pub mod lifecycle;
+pub mod log;
 pub mod postgres;
 pub mod protocol;
+pub mod relay;
 pub mod telemetry;
