@@ -2,5 +2,7 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod auth;
 pub mod cursor;
 pub mod protocol;
+pub mod table_name;
