@@ -4,3 +4,4 @@
 
 pub mod key;
 pub mod scope;
+pub mod store;

@@ -318,7 +318,6 @@ impl OpSet {
 
     /// Whether every operation is in it.
     #[must_use]
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde's skip_serializing_if asks for")]
     pub const fn is_all(&self) -> bool {
         self.0 == Self::ALL.0
     }
