@@ -2,6 +2,7 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod auth;
 pub mod backoff;
 pub mod cursor;
 pub mod dev;
@@ -12,4 +13,5 @@ pub mod log;
 pub mod postgres;
 pub mod protocol;
 pub mod relay;
+pub mod table_name;
 pub mod telemetry;
