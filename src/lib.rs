@@ -1,3 +1,5 @@
 //! Tidewire: a live, resumable change feed from Postgres.
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
+
+pub mod filter;
