@@ -8,6 +8,8 @@ pub mod cursor;
 pub mod dev;
 pub mod event;
 pub mod feed;
+pub mod filter;
+pub mod hub;
 pub mod lifecycle;
 pub mod log;
 pub mod postgres;
