@@ -9,6 +9,7 @@ pub mod dev;
 pub mod event;
 pub mod feed;
 pub mod filter;
+pub mod follower;
 pub mod hub;
 pub mod lifecycle;
 pub mod log;
