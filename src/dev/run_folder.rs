@@ -74,6 +74,14 @@ impl RunFolder {
         Self::watched(path, owner, true)
     }
 
+    /// A new temporary folder of a run without a server of its own.
+    ///
+    /// # Errors
+    /// When no temporary folder can be written.
+    pub(super) fn for_logs() -> io::Result<Self> {
+        Self::temporary(Account::own())
+    }
+
     /// The folder at `path`, made if need be and kept afterwards. A server that a killed run left in it is stopped.
     ///
     /// # Errors
