@@ -50,8 +50,8 @@ pub fn running() -> Option<Announcement> {
 #[derive(Debug)]
 pub(super) struct Published {
     path: PathBuf,
-    /// Held, not read: the kernel frees its lock when we die, and then the file says nothing any more.
-    _lock: File,
+    /// The kernel frees its lock when we die, and then nobody believes the file any more.
+    lock: File,
 }
 
 impl Announcement {
@@ -76,7 +76,7 @@ impl Announcement {
             let _ = fs::remove_file(&unfinished);
             return Err(error);
         }
-        Ok(Published { path, _lock: file })
+        Ok(Published { path, lock: file })
     }
 
     /// One line.
@@ -127,8 +127,12 @@ impl std::fmt::Debug for Announcement {
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // One that is gone already is fine.
-        let _ = fs::remove_file(&self.path);
+        // Unless another `dev` has put its own in place meanwhile.
+        let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
+        if inode(fs::symlink_metadata(&self.path)) == inode(self.lock.metadata()) {
+            // One that cannot be removed is not believed any more, since its lock is free.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
