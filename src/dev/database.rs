@@ -3,8 +3,9 @@
 use anyhow::Context as _;
 use sqlx::PgPool;
 
+use crate::auth::key::ApiKey;
 use crate::auth::scope::Scopes;
-use crate::auth::store::create_key as store_key;
+use crate::auth::store;
 use crate::postgres::{Database, migrate};
 
 /// For the demo, the look at the leader, and the end.
@@ -42,25 +43,21 @@ pub(super) async fn migrate(pool: &PgPool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes an API key with every scope; it is shown once, here.
+/// Makes an API key with every scope. The secret is in it alone.
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<String> {
+pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<ApiKey> {
     let scopes = Scopes::all(KEY_CONNECTIONS);
-    let key = store_key(pool, KEY_NAME, &scopes, None).await.context("cannot create an API key")?;
-    Ok(key.expose().to_owned())
+    store::create_key(pool, KEY_NAME, &scopes, None).await.context("cannot create an API key")
 }
 
-/// Ends the keys of this and of earlier runs, which nobody uses any more.
+/// Ends the key.
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn end_keys(pool: &PgPool) -> anyhow::Result<()> {
-    sqlx::query("UPDATE tidewire.api_keys SET is_active = false WHERE name = $1 AND is_active")
-        .bind(KEY_NAME)
-        .execute(pool)
-        .await?;
+pub(super) async fn revoke_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+    store::revoke(pool, key.id()).await?;
     Ok(())
 }
 

@@ -34,6 +34,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::auth::key::ApiKey;
+
 pub use self::announcement::{AnnouncedNode, Announcement, running};
 use self::balancer::{Balancer, Health, health_of};
 use self::database::Leader;
@@ -130,8 +132,12 @@ pub async fn run(options: DevOptions) -> anyhow::Result<()> {
 /// From nothing to nothing.
 async fn whole_run(options: DevOptions, voice: Voice, cancel: CancellationToken) -> anyhow::Result<()> {
     let Some(base) = cancel.run_until_cancelled(Base::prepare(&options, voice)).await else { return Ok(()) };
-    let base = base?;
-    let done = cluster(&base, &options, voice, &cancel).await;
+    let mut base = base?;
+    let done = match cancel.run_until_cancelled(base.furnish(&options)).await {
+        None => Ok(()),
+        Some(Err(error)) => Err(error),
+        Some(Ok(())) => cluster(&base, &options, voice, &cancel).await,
+    };
     base.leave().await;
     done
 }
@@ -144,7 +150,7 @@ struct Base {
     /// Of a run without a server.
     folder: Option<RunFolder>,
     url: DatabaseUrl,
-    api_key: String,
+    key: Option<ApiKey>,
 }
 
 impl Base {
@@ -166,11 +172,16 @@ impl Base {
         };
         let pool = database::connect(url.expose()).await?;
         database::migrate(&pool).await?;
+        Ok(Self { pool, server, folder, url, key: None })
+    }
+
+    /// Puts into the database what [`Self::leave`] takes back: the demo's table and the key.
+    async fn furnish(&mut self, options: &DevOptions) -> anyhow::Result<()> {
         if !options.no_demo {
-            demo::create(&pool).await?;
+            demo::create(&self.pool).await?;
         }
-        let api_key = database::create_key(&pool).await?;
-        Ok(Self { pool, server, folder, url, api_key })
+        self.key = Some(database::create_key(&self.pool).await?);
+        Ok(())
     }
 
     /// The run's folder.
@@ -193,7 +204,9 @@ impl Base {
     /// Takes back what was made in the database, where that outlives us, and stops the server.
     async fn leave(mut self) {
         let clean_up = async {
-            database::end_keys(&self.pool).await?;
+            if let Some(key) = &self.key {
+                database::revoke_key(&self.pool, key).await?;
+            }
             if self.server.is_none() {
                 demo::remove(&self.pool).await?;
             }
@@ -224,7 +237,8 @@ async fn cluster(base: &Base, options: &DevOptions, voice: Voice, cancel: &Cance
     let balancer_stop = CancellationToken::new();
 
     let nodes_run = async {
-        let each = nodes.iter().zip(&pids).map(|(node, pid)| node.run(pid, &stop, |node, what| voice.tell(node, &what)));
+        let each =
+            nodes.iter().zip(&pids).map(|(node, pid)| node.run(pid, &stop, |node, what| voice.tell(node, &what)));
         join_all(each).await;
         balancer_stop.cancel();
     };
@@ -332,13 +346,14 @@ impl ClusterView<'_> {
         Announcement {
             database_url: self.base.url.expose().to_owned(),
             load_balancer: announcement::http(balancer),
-            api_key: self.base.api_key.clone(),
+            api_key: self.base.key.as_ref().map(|key| key.expose().to_owned()).unwrap_or_default(),
             nodes: nodes.collect(),
         }
     }
 
     fn leads(&self, leader: &Leader) -> String {
-        let pid = self.nodes.iter().zip(self.pids).find(|(node, _)| node.name == leader.node).map(|(_, pid)| *pid.borrow());
+        let pid =
+            self.nodes.iter().zip(self.pids).find(|(node, _)| node.name == leader.node).map(|(_, pid)| *pid.borrow());
         match pid {
             Some(pid) if pid > 0 => format!(
                 "{} leads (term {}). Kill it and watch the feed go on:  kill -9 {pid}",
@@ -404,8 +419,8 @@ impl Signals {
 
 /// As many open files as we may have, for us and the nodes: the usual 1,024 ends at a few hundred clients.
 fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
     if let Err(error) = raised {
         tracing::debug!(%error, "the limit of open files stays as it is");
     }
