@@ -19,6 +19,7 @@ mod run_folder;
 mod supervisor;
 
 use std::convert::Infallible;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -291,11 +292,7 @@ impl ClusterView<'_> {
         if let Err(error) = &published {
             voice.say(&format!("`tidewire tail` will need --url and --key: {error}"));
         }
-        if voice.json {
-            println!("{}", announcement.json());
-        } else {
-            println!("{}", announcement.text(&self.base.describe(), logs, with_demo));
-        }
+        voice.announce(&announcement.json(), &announcement.text(&self.base.describe(), logs, with_demo));
         voice.say(&self.leads(&leader));
         voice.say("Ctrl-C stops everything.");
         loop {
@@ -372,11 +369,13 @@ struct Voice {
 
 impl Voice {
     fn say(self, text: &str) {
-        if self.json {
-            eprintln!("{text}");
-        } else {
-            println!("{text}");
-        }
+        // A terminal that is gone must not end the run by a panic; SIGHUP or whoever started us does that in order.
+        let _ = if self.json { writeln!(io::stderr(), "{text}") } else { writeln!(io::stdout(), "{text}") };
+    }
+
+    /// The one thing that a script reads, or the many lines that people do.
+    fn announce(self, json: &str, text: &str) {
+        let _ = writeln!(io::stdout(), "{}", if self.json { json } else { text });
     }
 
     fn tell(self, node: &NodeProcess, what: &Happening) {
