@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::event::Operation;
 use crate::table_name::{TableName, TablePattern};
 
 /// Connections of a key over the whole cluster, unless its scopes say otherwise.
@@ -278,18 +279,17 @@ impl OpSet {
     /// Every operation.
     pub const ALL: Self = Self((1 << 5) - 1);
 
-    const NAMES: [(Self, &'static str); 5] = [
-        (Self::INSERT, "INSERT"),
-        (Self::UPDATE, "UPDATE"),
-        (Self::DELETE, "DELETE"),
-        (Self::TRUNCATE, "TRUNCATE"),
-        (Self::EVENT, "EVENT"),
-    ];
-
-    /// The set of this one operation, named as in an event's `op`.
+    /// The set of this one operation; of `SCHEMA`, none.
     #[must_use]
-    pub fn named(op: &str) -> Option<Self> {
-        Self::NAMES.iter().find(|(_, name)| *name == op).map(|(set, _)| *set)
+    pub const fn of(operation: Operation) -> Self {
+        match operation {
+            Operation::Insert => Self::INSERT,
+            Operation::Update => Self::UPDATE,
+            Operation::Delete => Self::DELETE,
+            Operation::Truncate => Self::TRUNCATE,
+            Operation::Event => Self::EVENT,
+            Operation::Schema => Self::NONE,
+        }
     }
 
     /// The operations of both.
@@ -304,10 +304,10 @@ impl OpSet {
         self.0 & other.0 == other.0
     }
 
-    /// Whether events of this `op` may be read: those in the set, and `SCHEMA` where anything is.
+    /// Whether events of this operation may be read: those in the set, and `SCHEMA` where anything is.
     #[must_use]
-    pub fn allows(self, op: &str) -> bool {
-        if op == "SCHEMA" { !self.is_empty() } else { Self::named(op).is_some_and(|set| self.contains(set)) }
+    pub const fn allows(self, operation: Operation) -> bool {
+        !self.is_empty() && self.contains(Self::of(operation))
     }
 
     /// Whether there is no operation in it.
@@ -322,9 +322,18 @@ impl OpSet {
         self.0 == Self::ALL.0
     }
 
-    /// The names, in the order of the protocol.
-    pub fn names(self) -> impl Iterator<Item = &'static str> {
-        Self::NAMES.iter().filter(move |(set, _)| self.contains(*set)).map(|(_, name)| *name)
+    /// The operations in it, in the order of the protocol.
+    pub fn iter(self) -> impl Iterator<Item = Operation> {
+        Operation::ALL.into_iter().filter(move |operation| {
+            let one = Self::of(*operation);
+            !one.is_empty() && self.contains(one)
+        })
+    }
+}
+
+impl FromIterator<Operation> for OpSet {
+    fn from_iter<I: IntoIterator<Item = Operation>>(operations: I) -> Self {
+        operations.into_iter().fold(Self::NONE, |set, operation| set.with(Self::of(operation)))
     }
 }
 
@@ -336,28 +345,26 @@ impl Default for OpSet {
 
 impl fmt::Debug for OpSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.names()).finish()
+        f.debug_set().entries(self.iter()).finish()
     }
 }
 
 impl Serialize for OpSet {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.names())
+        serializer.collect_seq(self.iter().map(Operation::as_str))
     }
 }
 
 impl<'de> Deserialize<'de> for OpSet {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut ops = Self::NONE;
-        for name in Vec::<String>::deserialize(deserializer)? {
-            let op = Self::named(&name).ok_or_else(|| {
+        let read = |name: String| {
+            Operation::parse(&name).filter(|operation| *operation != Operation::Schema).ok_or_else(|| {
                 serde::de::Error::custom(format_args!(
-                    "{name:?} is no operation: INSERT, UPDATE, DELETE, TRUNCATE, EVENT (SCHEMA needs no grant)"
+                    "{name:?} cannot be granted: INSERT, UPDATE, DELETE, TRUNCATE or EVENT (SCHEMA needs no grant)"
                 ))
-            })?;
-            ops = ops.with(op);
-        }
-        Ok(ops)
+            })
+        };
+        Vec::<String>::deserialize(deserializer)?.into_iter().map(read).collect()
     }
 }
 
@@ -462,18 +469,19 @@ mod tests {
 
     #[test]
     fn a_schema_change_is_told_to_whoever_may_read_anything() {
-        assert!(OpSet::DELETE.allows("SCHEMA"));
-        assert!(OpSet::DELETE.allows("DELETE"));
-        assert!(!OpSet::DELETE.allows("INSERT"));
-        assert!(!OpSet::NONE.allows("SCHEMA"));
-        assert!(!OpSet::ALL.allows("delete"));
+        assert!(OpSet::DELETE.allows(Operation::Schema));
+        assert!(OpSet::DELETE.allows(Operation::Delete));
+        assert!(!OpSet::DELETE.allows(Operation::Insert));
+        assert!(!OpSet::NONE.allows(Operation::Schema));
+        assert!(Operation::ALL.into_iter().all(|operation| OpSet::ALL.allows(operation)));
+        assert!(Operation::ALL.into_iter().collect::<OpSet>().is_all());
     }
 
     #[test]
     fn what_would_be_misunderstood_is_refused() {
         assert!(refused(json!({"table": []})).contains("unknown field"));
         assert!(refused(json!({"tables": [{"table": "t", "column": ["a"]}]})).contains("unknown field"));
-        assert!(refused(json!({"tables": [{"table": "t", "ops": ["insert"]}]})).contains("is no operation"));
+        assert!(refused(json!({"tables": [{"table": "t", "ops": ["insert"]}]})).contains("cannot be granted"));
         assert!(refused(json!({"tables": [{"table": "a b"}]})).contains("double quotes"));
         assert!(refused(json!({"tables": [{"table": "t"}, {"table": "public.t"}]})).contains("two entries"));
         assert!(refused(json!({"tables": [{"table": "t.*"}, {"table": "\"t\".*"}]})).contains("two entries"));

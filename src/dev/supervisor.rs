@@ -252,7 +252,7 @@ mod tests {
     #[tokio::test]
     async fn a_node_is_asked_to_stop_and_its_url_is_in_its_environment_only() {
         let folder = tempfile::tempdir().unwrap();
-        let script = "echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; trap 'echo asked; exit 0' TERM; \
+        let script = "trap 'echo asked; exit 0' TERM; echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; \
                       read -r line || echo end of stdin; echo done";
         let node = node(folder.path(), script);
         let (pid, cancel) = (watch::Sender::new(0), CancellationToken::new());

@@ -9,7 +9,6 @@
 
 pub mod identity;
 pub mod listen;
-pub mod migrate;
 pub mod settings;
 pub mod url;
 

@@ -175,19 +175,24 @@ impl KeyStore {
         self.count(judged)
     }
 
-    /// A key has changed: reads it again, and ends every access that no longer holds.
+    /// A key has changed: reads it again, and ends every access that no longer holds. `key_id` is the payload of the
+    /// notification; an empty one means that any key may have changed.
     ///
     /// # Errors
     /// Postgres away: the key is no longer cached, so nobody new comes in by it, and the next recheck catches up.
-    pub async fn invalidate(&self, key_id: &KeyId) -> Result<(), AuthError> {
+    pub async fn invalidate(&self, key_id: &str) -> Result<(), AuthError> {
+        if key_id.is_empty() {
+            return self.recheck().await;
+        }
+        let key_id = KeyId::from_stored(key_id);
         // Before anything is read: a lookup under way must not adopt what it saw before the change.
-        self.mark(key_id).fetch_add(1, Ordering::AcqRel);
-        self.unknown.invalidate(key_id).await;
-        if self.known(key_id).is_none() {
+        self.mark(&key_id).fetch_add(1, Ordering::AcqRel);
+        self.unknown.invalidate(&key_id).await;
+        if self.known(&key_id).is_none() {
             return Ok(());
         }
         let _turn = self.refreshing.lock().await;
-        self.refresh(std::slice::from_ref(key_id)).await
+        self.refresh(std::slice::from_ref(&key_id)).await
     }
 
     /// Compares the versions of all known keys with the database's, and ends every access that no longer holds.
