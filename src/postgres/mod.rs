@@ -9,6 +9,7 @@
 
 pub mod identity;
 pub mod listen;
+pub mod migrate;
 pub mod settings;
 pub mod url;
 
