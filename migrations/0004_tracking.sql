@@ -233,7 +233,7 @@ BEGIN
         RAISE wrong_object_type USING
             MESSAGE = format('%s is a %s, not a table, and cannot be tracked', name, CASE r.relkind WHEN 'v' THEN 'view'
                 WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index'
-                WHEN 'I' THEN 'index' WHEN 'c' THEN 'type' ELSE 'relation of kind ' || r.relkind END),
+                WHEN 'I' THEN 'index' WHEN 'c' THEN 'type' ELSE format('relation of kind %s', r.relkind) END),
             HINT = 'Track the tables that it is made of.';
     ELSIF r.relpersistence = 't' THEN
         RAISE wrong_object_type USING MESSAGE = format('%s is a temporary table and cannot be tracked', name);
