@@ -126,7 +126,8 @@ impl NodeProcess {
                 Err(error) => format!("it cannot be started: {error}"),
             };
             if !deaths.may_restart(started.elapsed()) {
-                let reason = format!("{status}, {MAX_QUICK_DEATHS} times in a row; the end of its log:\n{}", self.log_tail());
+                let reason =
+                    format!("{status}, {MAX_QUICK_DEATHS} times in a row; the end of its log:\n{}", self.log_tail());
                 return tell(self, Happening::GivenUp { reason });
             }
             tell(self, Happening::Died { status, restart_in: RESTART_PAUSE });
@@ -195,7 +196,8 @@ fn describe(ended: io::Result<ExitStatus>) -> String {
         Ok(status) => match (status.code(), status.signal()) {
             (Some(code), _) => format!("it ended with code {code}"),
             (None, Some(signal)) => {
-                let name = Signal::try_from(signal).map_or_else(|_| signal.to_string(), |name| name.as_str().to_owned());
+                let name =
+                    Signal::try_from(signal).map_or_else(|_| signal.to_string(), |name| name.as_str().to_owned());
                 format!("it was killed by {name}")
             }
             (None, None) => "it ended".to_owned(),
@@ -257,7 +259,8 @@ mod tests {
     #[tokio::test]
     async fn a_node_is_asked_to_stop_and_its_url_is_in_its_environment_only() {
         let folder = tempfile::tempdir().unwrap();
-        let script = "trap 'echo asked; exit 0' TERM; echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; while :; do sleep 0.05; done";
+        let script =
+            "trap 'echo asked; exit 0' TERM; echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; while :; do sleep 0.05; done";
         let node = node(folder.path(), script);
         let (pid, cancel) = (watch::Sender::new(0), CancellationToken::new());
         let started = async {
