@@ -9,11 +9,8 @@
 
 pub mod identity;
 pub mod listen;
-<<<<<<< HEAD
 pub mod migrate;
 pub mod registry;
-=======
->>>>>>> main
 pub mod settings;
 pub mod url;
 
