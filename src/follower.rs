@@ -350,6 +350,7 @@ impl Follower {
         }
         let bounds = read::bounds(pool).await?;
         self.metrics.log_newest_seq.set(gauge(bounds.newest));
+        self.hub.set_log_oldest(bounds.oldest);
         if !self.started || !self.continues(bounds).await? {
             self.begin(bounds, known).await?;
         }
