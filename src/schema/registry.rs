@@ -203,8 +203,7 @@ impl Registry {
                 asked.push(name);
             }
         }
-        let rows =
-            sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(self.database.pool()).await?;
+        let rows = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(self.database.pool()).await?;
         let mut found = HashMap::with_capacity(asked.len());
         for row in &rows {
             let position: i64 = row.try_get("position")?;
