@@ -220,7 +220,7 @@ impl Follower {
                 // Full: everything is looked at anew, which covers what did not fit.
                 let _ = self.key_changes.try_send(Some(payload.to_owned()));
             }
-            "tidewire_schema" => self.wakeups.schema.notify_one(),
+            "tidewire_schema" => self.wakeups.schema_changed(),
             _ => {}
         }
         None

@@ -3,4 +3,5 @@
 mod auth;
 mod migrations;
 mod private_server;
+mod schema;
 mod support;
