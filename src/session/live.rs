@@ -293,7 +293,8 @@ impl Session {
             Output::Stop(id) => self.places.retain(|place| place.id != id),
             Output::Sync { xid, until } => {
                 let context = Arc::clone(&self.context);
-                self.work.push(Box::pin(async move { Done::Synced(xid, find_transaction(&context, xid, until).await) }));
+                self.work
+                    .push(Box::pin(async move { Done::Synced(xid, find_transaction(&context, xid, until).await) }));
             }
         }
         None

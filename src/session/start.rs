@@ -78,11 +78,13 @@ pub async fn start(
     let (key, plans) = plan(context, scopes, subscribe, &wish).await?;
     let asked = match &subscribe.from {
         From::Now => None,
-        From::Cursor(text) | From::SnapshotIfGone(text) => Some(text.parse::<Cursor>().map_err(|malformed| {
-            gone(context, ResyncReason::CursorInvalid, malformed.to_string())
-        })?),
+        From::Cursor(text) | From::SnapshotIfGone(text) => Some(
+            text.parse::<Cursor>()
+                .map_err(|malformed| gone(context, ResyncReason::CursorInvalid, malformed.to_string()))?,
+        ),
         From::Snapshot => {
-            let what = "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
+            let what =
+                "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
             return Err(WireError::never(ErrorCode::Unsupported, what).into());
         }
     };
@@ -97,7 +99,10 @@ pub async fn start(
     match resume(context, cursor, edge).await {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
         Err(NotStarted::Resync(resync)) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
-            let what = format!("the cursor is gone ({}) and snapshots are not offered by this version", resync.reason.as_str());
+            let what = format!(
+                "the cursor is gone ({}) and snapshots are not offered by this version",
+                resync.reason.as_str()
+            );
             Err(WireError::never(ErrorCode::Unsupported, what).into())
         }
         Err(other) => Err(other),
@@ -138,7 +143,8 @@ impl Wish {
             Some(ops) => Some(
                 ops.iter()
                     .map(|text| {
-                        let what = || refuse(format!("operation {text:?}: use INSERT, UPDATE, DELETE, TRUNCATE or EVENT"));
+                        let what =
+                            || refuse(format!("operation {text:?}: use INSERT, UPDATE, DELETE, TRUNCATE or EVENT"));
                         Operation::parse(text).map(OpSet::of).ok_or_else(what)
                     })
                     .try_fold(OpSet::NONE, |all, one| one.map(|one| all.with(one)))?,
@@ -163,13 +169,17 @@ async fn plan(
     for pattern in &wish.patterns {
         let TablePattern::Exact(name) = pattern else { continue };
         let access = scopes.table(name.as_str()).ok_or_else(|| {
-            WireError::never(ErrorCode::Forbidden, format!("this key may not read {name}: ask for a key whose scopes have it"))
+            WireError::never(
+                ErrorCode::Forbidden,
+                format!("this key may not read {name}: ask for a key whose scopes have it"),
+            )
         })?;
         let info = if name.is_event() { None } else { Some(known(context, name).await?) };
         let plan = table_plan(name, info.as_deref(), access, subscribe, wish)?;
         let relid = info.as_ref().map_or(0, |info| info.relid);
         let filter = plan.filter.as_ref().map(Filter::canonical);
-        let types = info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
+        let types =
+            info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
         let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}");
         exact.insert(Arc::<str>::from(name.as_str()), Arc::new(plan));
     }
@@ -229,7 +239,8 @@ async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, Wi
                 return Err(WireError::never(ErrorCode::NotTracked, what));
             }
             Ok(Lookup::Unknown) => {
-                let what = format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
+                let what =
+                    format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
                 return Err(WireError::never(ErrorCode::UnknownTable, what));
             }
             Err(error) if Instant::now() >= until => {
@@ -270,9 +281,8 @@ fn table_plan(
         })?);
     }
     if let Some(text) = &subscribe.filter {
-        let filter = Filter::compile(text, &columns).map_err(|error| {
-            WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}"))
-        })?;
+        let filter = Filter::compile(text, &columns)
+            .map_err(|error| WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}")))?;
         for column in filter.columns() {
             may_use(name, info, access, column)?;
         }
