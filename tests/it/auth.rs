@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
+use clap::Parser;
 use sqlx::postgres::PgListener;
 use tidewire::auth::key::{ApiKey, KeyId};
 use tidewire::auth::scope::Scopes;
 use tidewire::auth::store::{self, Access, AuthError, KeyStore, Revocation};
 use tidewire::auth::ticket::{MAX_PENDING_TICKETS, TicketError, Tickets};
+use tidewire::cli::keys::{self, KeysArgs};
 use tidewire::cluster::{Cluster, ConnectionLimiter};
 use tidewire::postgres::Database;
 use tidewire::postgres::registry::{self, NodeIdentity, NodeReport, NodeState};
@@ -344,6 +346,35 @@ async fn what_could_not_be_stored_is_stored_later_also_at_the_end() {
     shutdown.cancel();
     tokio::time::timeout(DEADLINE, Arc::clone(&store).run(shutdown)).await.unwrap();
     assert!(store::list(&db.pool).await.unwrap()[0].last_used_at.is_some());
+}
+
+#[derive(clap::Parser)]
+struct Program {
+    #[command(flatten)]
+    keys: KeysArgs,
+}
+
+#[tokio::test]
+async fn the_command_line_makes_and_revokes_keys() {
+    let db = database().await;
+    let run = async |line: &[&str]| {
+        let program = Program::try_parse_from(["keys"].iter().chain(line)).unwrap();
+        keys::run(program.keys, &db.pool).await.map_err(|error| error.to_string())
+    };
+    run(&["create", "--name", "web", "--table", "orders", "--column", "id", "--expires-in", "30d", "--json"])
+        .await
+        .unwrap();
+    let listed = store::list(&db.pool).await.unwrap();
+    let scopes: Scopes = serde_json::from_value(listed[0].scopes.clone()).unwrap();
+    let access = scopes.table("public.orders").unwrap();
+    assert!(access.columns.allows("id") && !access.columns.allows("total"));
+    let life = listed[0].expires_at.unwrap() - listed[0].created_at;
+    assert!((life - TimeDelta::days(30)).abs() < TimeDelta::minutes(5), "{life}");
+
+    run(&["list"]).await.unwrap();
+    run(&["revoke", &listed[0].key_id]).await.unwrap();
+    assert!(!store::list(&db.pool).await.unwrap()[0].is_active);
+    assert!(run(&["revoke", "abcdefghijkl"]).await.unwrap_err().contains("there is no key"));
 }
 
 #[tokio::test]
