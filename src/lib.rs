@@ -2,4 +2,17 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod auth;
+pub mod backoff;
+pub mod cursor;
+pub mod dev;
+pub mod event;
+pub mod feed;
 pub mod filter;
+pub mod lifecycle;
+pub mod log;
+pub mod postgres;
+pub mod protocol;
+pub mod relay;
+pub mod table_name;
+pub mod telemetry;

@@ -24,16 +24,8 @@ pub(super) fn text(node: &Node) -> String {
             let (left, right) = sorted_pair(scalar(left), scalar(right));
             format!("({left} is not distinct from {right})")
         }
-        Node::In {
-            item,
-            list,
-            kind,
-            has_null,
-        } => {
-            let mut elements: Vec<_> = list
-                .iter()
-                .map(|value| constant(Some(value), *kind))
-                .collect();
+        Node::In { item, list, kind, has_null } => {
+            let mut elements: Vec<_> = list.iter().map(|value| constant(Some(value), *kind)).collect();
             if *has_null {
                 elements.push("null".to_owned());
             }
@@ -81,11 +73,7 @@ fn compare(comparison: Comparison, left: &Scalar, right: &Scalar) -> String {
 }
 
 fn sorted_pair(left: String, right: String) -> (String, String) {
-    if left <= right {
-        (left, right)
-    } else {
-        (right, left)
-    }
+    if left <= right { (left, right) } else { (right, left) }
 }
 
 fn scalar(scalar: &Scalar) -> String {
@@ -96,12 +84,7 @@ fn scalar(scalar: &Scalar) -> String {
             let mark = if *kind == ColumnType::Text { "" } else { ":" };
             format!("{mark}{}", quoted(name, '"'))
         }
-        Scalar::Path {
-            column,
-            steps,
-            text,
-            ..
-        } => {
+        Scalar::Path { column, steps, text, .. } => {
             let mut path = quoted(column, '"');
             for step in steps {
                 path.push_str("->");

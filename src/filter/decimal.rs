@@ -48,12 +48,7 @@ pub(super) struct OwnedDecimal {
 
 impl<'a> Decimal<'a> {
     const fn special(class: Class) -> Self {
-        Self {
-            class,
-            lead: &[],
-            tail: &[],
-            magnitude: 0,
-        }
+        Self { class, lead: &[], tail: &[], magnitude: 0 }
     }
 
     /// Reads what Postgres's `numeric_in` reads, without surrounding blanks.
@@ -89,21 +84,12 @@ impl<'a> Decimal<'a> {
             return Ok(Self::special(Class::NaN));
         }
         if body.eq_ignore_ascii_case(b"infinity") || body.eq_ignore_ascii_case(b"inf") {
-            return Ok(Self::special(if negative {
-                Class::NegativeInfinity
-            } else {
-                Class::PositiveInfinity
-            }));
+            return Ok(Self::special(if negative { Class::NegativeInfinity } else { Class::PositiveInfinity }));
         }
         Err(Fault::Syntax)
     }
 
-    fn from_parts(
-        negative: bool,
-        whole: &'a [u8],
-        fraction: &'a [u8],
-        exponent: i64,
-    ) -> Result<Self, Fault> {
+    fn from_parts(negative: bool, whole: &'a [u8], fraction: &'a [u8], exponent: i64) -> Result<Self, Fault> {
         if length(fraction) - exponent > MAX_SCALE {
             return Err(Fault::Range);
         }
@@ -116,27 +102,14 @@ impl<'a> Decimal<'a> {
             (whole, fraction, exponent + length(whole))
         };
         let tail = trim_trailing_zeros(tail);
-        let lead = if tail.is_empty() {
-            trim_trailing_zeros(lead)
-        } else {
-            lead
-        };
+        let lead = if tail.is_empty() { trim_trailing_zeros(lead) } else { lead };
         if lead.is_empty() {
             return Ok(Self::special(Class::Zero));
         }
         if magnitude > MAX_INTEGER_DIGITS {
             return Err(Fault::Range);
         }
-        Ok(Self {
-            class: if negative {
-                Class::Negative
-            } else {
-                Class::Positive
-            },
-            lead,
-            tail,
-            magnitude,
-        })
+        Ok(Self { class: if negative { Class::Negative } else { Class::Positive }, lead, tail, magnitude })
     }
 
     /// An integer as a decimal; `buffer` holds its digits.
@@ -153,11 +126,7 @@ impl<'a> Decimal<'a> {
             return Self::special(Class::Zero);
         }
         Self {
-            class: if value < 0 {
-                Class::Negative
-            } else {
-                Class::Positive
-            },
+            class: if value < 0 { Class::Negative } else { Class::Positive },
             magnitude: length(digits),
             lead: trim_trailing_zeros(digits),
             tail: &[],
@@ -166,11 +135,7 @@ impl<'a> Decimal<'a> {
 
     /// Postgres's order of `numeric`: NaN equals NaN and is above everything.
     pub(super) fn compare(&self, other: &Self) -> Ordering {
-        let by_size = || {
-            self.magnitude
-                .cmp(&other.magnitude)
-                .then_with(|| self.digits().cmp(other.digits()))
-        };
+        let by_size = || self.magnitude.cmp(&other.magnitude).then_with(|| self.digits().cmp(other.digits()));
         match self.class.cmp(&other.class) {
             Ordering::Equal => match self.class {
                 Class::Positive => by_size(),
@@ -183,22 +148,12 @@ impl<'a> Decimal<'a> {
 
     /// The nearest double; like Postgres, refuses what would overflow or vanish.
     pub(super) fn to_f64(self) -> Result<f64, Fault> {
-        self.to_float(
-            |text| text.parse().ok(),
-            f64::NAN,
-            f64::INFINITY,
-            |value| value.is_finite() && *value != 0.0,
-        )
+        self.to_float(|text| text.parse().ok(), f64::NAN, f64::INFINITY, |value| value.is_finite() && *value != 0.0)
     }
 
     /// The nearest single, under the same rules.
     pub(super) fn to_f32(self) -> Result<f32, Fault> {
-        self.to_float(
-            |text| text.parse().ok(),
-            f32::NAN,
-            f32::INFINITY,
-            |value| value.is_finite() && *value != 0.0,
-        )
+        self.to_float(|text| text.parse().ok(), f32::NAN, f32::INFINITY, |value| value.is_finite() && *value != 0.0)
     }
 
     fn to_float<F>(
@@ -218,11 +173,7 @@ impl<'a> Decimal<'a> {
             Class::Zero => Ok(F::default()),
             Class::Positive | Class::Negative => {
                 let value = read(&self.scientific()).ok_or(Fault::Range)?;
-                if sound(&value) {
-                    Ok(value)
-                } else {
-                    Err(Fault::Range)
-                }
+                if sound(&value) { Ok(value) } else { Err(Fault::Range) }
             }
         }
     }
@@ -256,11 +207,7 @@ impl<'a> Decimal<'a> {
     }
 
     pub(super) fn to_owned(self) -> OwnedDecimal {
-        OwnedDecimal {
-            class: self.class,
-            digits: self.digits().collect(),
-            magnitude: self.magnitude,
-        }
+        OwnedDecimal { class: self.class, digits: self.digits().collect(), magnitude: self.magnitude }
     }
 
     /// Equal numbers, and only those, write equal bytes.
@@ -292,12 +239,7 @@ impl<'a> Decimal<'a> {
 
 impl OwnedDecimal {
     pub(super) fn view(&self) -> Decimal<'_> {
-        Decimal {
-            class: self.class,
-            lead: &self.digits,
-            tail: &[],
-            magnitude: self.magnitude,
-        }
+        Decimal { class: self.class, lead: &self.digits, tail: &[], magnitude: self.magnitude }
     }
 
     pub(super) fn negated(mut self) -> Self {
@@ -332,24 +274,16 @@ fn parse_exponent(text: &[u8]) -> Result<i64, Fault> {
 }
 
 fn count_digits(text: &[u8]) -> usize {
-    text.iter()
-        .position(|byte| !byte.is_ascii_digit())
-        .unwrap_or(text.len())
+    text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len())
 }
 
 fn trim_leading_zeros(digits: &[u8]) -> &[u8] {
-    let start = digits
-        .iter()
-        .position(|digit| *digit != b'0')
-        .unwrap_or(digits.len());
+    let start = digits.iter().position(|digit| *digit != b'0').unwrap_or(digits.len());
     &digits[start..]
 }
 
 fn trim_trailing_zeros(digits: &[u8]) -> &[u8] {
-    let end = digits
-        .iter()
-        .rposition(|digit| *digit != b'0')
-        .map_or(0, |last| last + 1);
+    let end = digits.iter().rposition(|digit| *digit != b'0').map_or(0, |last| last + 1);
     &digits[..end]
 }
 
@@ -411,12 +345,7 @@ mod tests {
 
     #[test]
     fn hostile_exponents_are_refused_at_no_cost() {
-        for text in [
-            "1e1000000",
-            "1e99999999999999999999",
-            "1e-20000",
-            "1e131072",
-        ] {
+        for text in ["1e1000000", "1e99999999999999999999", "1e-20000", "1e131072"] {
             assert!(Decimal::parse(text).is_err(), "{text}");
         }
         assert!(Decimal::parse("1e131071").is_ok());
@@ -424,9 +353,7 @@ mod tests {
 
     #[test]
     fn malformed_numbers_are_refused() {
-        for text in [
-            "", "-", ".", "e5", "1e", "1e+", "1x", "1..2", "--1", "-NaN", "0x10", "1_000",
-        ] {
+        for text in ["", "-", ".", "e5", "1e", "1e+", "1x", "1..2", "--1", "-NaN", "0x10", "1_000"] {
             assert!(Decimal::parse(text).is_err(), "{text}");
         }
     }
@@ -437,29 +364,15 @@ mod tests {
             let mut buffer = [0; 20];
             let text = value.to_string();
             let read = Decimal::parse(&text).expect("an integer is a number");
-            assert_eq!(
-                Decimal::of_int(value, &mut buffer).compare(&read),
-                Ordering::Equal
-            );
+            assert_eq!(Decimal::of_int(value, &mut buffer).compare(&read), Ordering::Equal);
             assert_eq!(read.to_i64().ok(), Some(value));
         }
     }
 
     #[test]
     fn rounding_to_integers_goes_away_from_zero() {
-        for (text, rounded) in [
-            ("0.5", 1),
-            ("-0.5", -1),
-            ("0.49", 0),
-            ("2.5", 3),
-            ("0.05", 0),
-            ("1e-9", 0),
-        ] {
-            assert_eq!(
-                Decimal::parse(text).and_then(Decimal::to_i64).ok(),
-                Some(rounded),
-                "{text}"
-            );
+        for (text, rounded) in [("0.5", 1), ("-0.5", -1), ("0.49", 0), ("2.5", 3), ("0.05", 0), ("1e-9", 0)] {
+            assert_eq!(Decimal::parse(text).and_then(Decimal::to_i64).ok(), Some(rounded), "{text}");
         }
     }
 }

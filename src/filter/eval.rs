@@ -68,8 +68,7 @@ impl Truths {
 
     fn and(self, other: Self) -> Self {
         let not_false = Self::TRUE.with(Self::NULL);
-        let null = self.has(Self::NULL) && other.has(not_false)
-            || other.has(Self::NULL) && self.has(not_false);
+        let null = self.has(Self::NULL) && other.has(not_false) || other.has(Self::NULL) && self.has(not_false);
         Self::TRUE
             .when(self.has(Self::TRUE) && other.has(Self::TRUE))
             .with(Self::FALSE.when(self.has(Self::FALSE) || other.has(Self::FALSE)))
@@ -83,9 +82,7 @@ impl Truths {
     /// `IS TRUE`, `IS FALSE`, `IS UNKNOWN`.
     fn is(self, truth: Option<bool>) -> Self {
         let wanted = Self::of(truth);
-        Self::TRUE
-            .when(self.has(wanted))
-            .with(Self::FALSE.when(self.0 & !wanted.0 != 0))
+        Self::TRUE.when(self.has(wanted)).with(Self::FALSE.when(self.0 & !wanted.0 != 0))
     }
 }
 
@@ -115,22 +112,13 @@ pub(super) fn truths(node: &Node, row: &dyn RowImage) -> Truths {
             (Cell::Absent, _) | (_, Cell::Absent) => Truths::TRUE.with(Truths::FALSE),
             (Cell::Null, Cell::Null) => Truths::TRUE,
             (Cell::Null, _) | (_, Cell::Null) => Truths::FALSE,
-            (Cell::Is(left), Cell::Is(right)) => {
-                Truths::of(left.compare(&right).map(Ordering::is_eq))
-            }
+            (Cell::Is(left), Cell::Is(right)) => Truths::of(left.compare(&right).map(Ordering::is_eq)),
         },
-        Node::In {
-            item,
-            list,
-            has_null,
-            ..
-        } => contains(item, list, *has_null, row),
+        Node::In { item, list, has_null, .. } => contains(item, list, *has_null, row),
         Node::Like(item, pattern) => match (cell(item, row), pattern) {
             (Cell::Null, _) | (_, None) => Truths::NULL,
             (Cell::Absent, _) => Truths::ANY,
-            (Cell::Is(Value::Text(text)), Some(pattern)) => {
-                Truths::of(Some(pattern.matches(&text)))
-            }
+            (Cell::Is(Value::Text(text)), Some(pattern)) => Truths::of(Some(pattern.matches(&text))),
             (Cell::Is(_), _) => Truths::NULL,
         },
         Node::IsNull(item) => is_null(item, row),
@@ -221,20 +209,13 @@ fn cell<'a>(scalar: &'a Scalar, row: &'a dyn RowImage) -> Cell<'a> {
             None => Cell::Null,
             Some(value) => Cell::Is(value.view()),
         },
-        Scalar::Path {
-            column,
-            binary,
-            steps,
-            text,
-        } => match row.column(column) {
+        Scalar::Path { column, binary, steps, text } => match row.column(column) {
             None => Cell::Absent,
             Some(NULL_JSON) => Cell::Null,
             Some(raw) => match json::follow(raw, steps, *binary) {
                 None => Cell::Null,
                 Some(_) if !text => Cell::Is(Value::Json),
-                Some(found) => {
-                    json::as_text(found).map_or(Cell::Null, |text| Cell::Is(Value::Text(text)))
-                }
+                Some(found) => json::as_text(found).map_or(Cell::Null, |text| Cell::Is(Value::Text(text))),
             },
         },
         Scalar::Cast(inner, kind) => match cell(inner, row) {

@@ -62,10 +62,7 @@ pub fn index_key_of(kind: ColumnType, raw_json: &str) -> Option<IndexKey> {
 pub(super) fn conjunct(node: &Node) -> Option<IndexConjunct> {
     let mut found: Vec<(bool, IndexConjunct)> = Vec::new();
     collect(node, &mut found);
-    found
-        .into_iter()
-        .min_by_key(|(boolean, conjunct)| (*boolean, conjunct.keys.len()))
-        .map(|(_, conjunct)| conjunct)
+    found.into_iter().min_by_key(|(boolean, conjunct)| (*boolean, conjunct.keys.len())).map(|(_, conjunct)| conjunct)
 }
 
 fn collect(node: &Node, found: &mut Vec<(bool, IndexConjunct)>) {
@@ -76,28 +73,17 @@ fn collect(node: &Node, found: &mut Vec<(bool, IndexConjunct)>) {
             }
             return;
         }
-        Node::Compare(Comparison::Equal, Scalar::Column(name, kind), Scalar::Const(value, _)) => (
-            name,
-            *kind,
-            value.iter().map(|value| key_for(*kind, value)).collect(),
-        ),
-        Node::In {
-            item: Scalar::Column(name, kind),
-            list,
-            ..
-        } => (
-            name,
-            *kind,
-            list.iter().map(|value| key_for(*kind, value)).collect(),
-        ),
+        Node::Compare(Comparison::Equal, Scalar::Column(name, kind), Scalar::Const(value, _)) => {
+            (name, *kind, value.iter().map(|value| key_for(*kind, value)).collect())
+        }
+        Node::In { item: Scalar::Column(name, kind), list, .. } => {
+            (name, *kind, list.iter().map(|value| key_for(*kind, value)).collect())
+        }
         _ => return,
     };
     let keys: Option<Vec<IndexKey>> = keys;
     if let Some(keys) = keys {
-        let conjunct = IndexConjunct {
-            column: name.to_string(),
-            keys,
-        };
+        let conjunct = IndexConjunct { column: name.to_string(), keys };
         found.push((kind == ColumnType::Bool, conjunct));
     }
 }
@@ -105,15 +91,12 @@ fn collect(node: &Node, found: &mut Vec<(bool, IndexConjunct)>) {
 /// The key that rows of a column of type `kind` have if they equal `value`.
 fn key_for(kind: ColumnType, value: &Value<'_>) -> Option<IndexKey> {
     use ColumnType::{
-        Bool, Char, Date, Enum, Float4, Float8, Int2, Int4, Int8, Interval, Numeric, Text, Time,
-        TimeTz, Timestamp, TimestampTz, Uuid,
+        Bool, Char, Date, Enum, Float4, Float8, Int2, Int4, Int8, Interval, Numeric, Text, Time, TimeTz, Timestamp,
+        TimestampTz, Uuid,
     };
     match (kind, value) {
         (Bool, Value::Bool(_))
-        | (
-            Int2 | Int4 | Int8 | Numeric,
-            Value::Int(_) | Value::Decimal(_) | Value::OwnedDecimal(_),
-        )
+        | (Int2 | Int4 | Int8 | Numeric, Value::Int(_) | Value::Decimal(_) | Value::OwnedDecimal(_))
         | (Float4 | Float8, Value::Float(_))
         | (Text | Char | Enum, Value::Text(_))
         | (Uuid, Value::Uuid(_))
@@ -122,9 +105,7 @@ fn key_for(kind: ColumnType, value: &Value<'_>) -> Option<IndexKey> {
         | (Timestamp | TimestampTz, Value::Instant(_))
         | (TimeTz, Value::ZonedTime(_))
         | (Interval, Value::Span(_)) => Some(value_key(value)),
-        (Timestamp | TimestampTz, Value::Date(days)) => {
-            Some(value_key(&Value::Instant(moment::midnight(*days))))
-        }
+        (Timestamp | TimestampTz, Value::Date(days)) => Some(value_key(&Value::Instant(moment::midnight(*days)))),
         _ => None,
     }
 }
@@ -151,9 +132,7 @@ pub(super) fn value_key(value: &Value<'_>) -> IndexKey {
             key
         }
         Value::Span(micros) => IndexKey::of(&micros.to_be_bytes()),
-        Value::Int(_) | Value::Decimal(_) | Value::OwnedDecimal(_) | Value::Json => {
-            IndexKey::default()
-        }
+        Value::Int(_) | Value::Decimal(_) | Value::OwnedDecimal(_) | Value::Json => IndexKey::default(),
     }
 }
 

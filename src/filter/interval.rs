@@ -89,9 +89,7 @@ fn parse_iso(text: &str) -> Result<Parts, Fault> {
             rest = after;
             continue;
         }
-        let end = rest
-            .find(|character: char| character.is_ascii_alphabetic())
-            .ok_or(Fault::Syntax)?;
+        let end = rest.find(|character: char| character.is_ascii_alphabetic()).ok_or(Fault::Syntax)?;
         let unit = match (rest.as_bytes().get(end), in_time) {
             (Some(b'Y'), false) => Unit::Years,
             (Some(b'M'), false) => Unit::Months,
@@ -119,15 +117,9 @@ fn parse_plain(text: &str) -> Result<Parts, Fault> {
             parts.micros += parse_clock(word)?;
             continue;
         }
-        let end = word
-            .find(|character: char| character.is_ascii_alphabetic())
-            .unwrap_or(word.len());
+        let end = word.find(|character: char| character.is_ascii_alphabetic()).unwrap_or(word.len());
         let (number, glued) = word.split_at(end);
-        let name = if glued.is_empty() {
-            words.next().ok_or(Fault::Syntax)?
-        } else {
-            glued
-        };
+        let name = if glued.is_empty() { words.next().ok_or(Fault::Syntax)? } else { glued };
         parts.add(parse_amount(number)?, parse_unit(name)?)?;
     }
     Ok(parts)
@@ -155,10 +147,7 @@ fn parse_clock(text: &str) -> Result<i128, Fault> {
     let (Some(hours), Some(minutes)) = (field()?, field()?) else {
         return Err(Fault::Syntax);
     };
-    let seconds = field()?.unwrap_or(Amount {
-        whole: 0,
-        fraction: 0,
-    });
+    let seconds = field()?.unwrap_or(Amount { whole: 0, fraction: 0 });
     if fields.next().is_some() || body.contains(['-', '+']) {
         return Err(Fault::Syntax);
     }
@@ -184,13 +173,8 @@ fn parse_amount(text: &str) -> Result<Amount, Fault> {
         return Err(Fault::Range);
     }
     let whole: i128 = whole.parse().map_err(|_| Fault::Syntax)?;
-    let fraction: i128 = format!("{fraction:0<6}")
-        .parse()
-        .map_err(|_| Fault::Syntax)?;
-    Ok(Amount {
-        whole: sign * whole,
-        fraction: sign * fraction,
-    })
+    let fraction: i128 = format!("{fraction:0<6}").parse().map_err(|_| Fault::Syntax)?;
+    Ok(Amount { whole: sign * whole, fraction: sign * fraction })
 }
 
 fn split_sign(text: &str) -> (i128, &str) {
@@ -221,20 +205,9 @@ mod tests {
 
     #[test]
     fn what_is_not_an_interval_is_refused() {
-        for text in [
-            "",
-            "P",
-            "P1",
-            "1",
-            "1 fortnight",
-            "P1H",
-            "1.5 days",
-            "P1Y-",
-            "1:2:3:4",
-            "1:-2",
-            "99999999999 days",
-            "é",
-        ] {
+        for text in
+            ["", "P", "P1", "1", "1 fortnight", "P1H", "1.5 days", "P1Y-", "1:2:3:4", "1:-2", "99999999999 days", "é"]
+        {
             assert!(parse(text).is_err(), "{text}");
         }
     }

@@ -44,11 +44,7 @@ pub(super) fn as_text(value: &str) -> Option<Cow<'_, str>> {
 /// The content of a JSON string with its quotes; borrowed unless it has escapes.
 pub(super) fn string_content(json: &str) -> Option<Cow<'_, str>> {
     let inner = json.strip_prefix('"')?.strip_suffix('"')?;
-    if inner.as_bytes().contains(&b'\\') {
-        unescape(inner).map(Cow::Owned)
-    } else {
-        Some(Cow::Borrowed(inner))
-    }
+    if inner.as_bytes().contains(&b'\\') { unescape(inner).map(Cow::Owned) } else { Some(Cow::Borrowed(inner)) }
 }
 
 fn unescape(inner: &str) -> Option<String> {
@@ -233,10 +229,7 @@ impl<'a> Items<'a> {
     fn skip_scalar(&mut self) {
         let bytes = self.json.as_bytes();
         while let Some(byte) = bytes.get(self.at)
-            && !matches!(
-                byte,
-                b',' | b'}' | b']' | b':' | b'"' | b'{' | b'[' | b' ' | b'\t' | b'\n' | b'\r'
-            )
+            && !matches!(byte, b',' | b'}' | b']' | b':' | b'"' | b'{' | b'[' | b' ' | b'\t' | b'\n' | b'\r')
         {
             self.at += 1;
         }
@@ -271,32 +264,16 @@ mod tests {
     fn a_path_finds_fields_and_elements() {
         let json = r#" {"a" : {"b": [1, "two", {"c": null}], "a": 0}, "n": 1.50} "#;
         assert_eq!(follow(json, &[key("n")], false), Some("1.50"));
-        assert_eq!(
-            follow(json, &[key("a"), key("b"), Step::Index(1)], false),
-            Some("\"two\"")
-        );
-        assert_eq!(
-            follow(
-                json,
-                &[key("a"), key("b"), Step::Index(-1), key("c")],
-                false
-            ),
-            Some("null")
-        );
+        assert_eq!(follow(json, &[key("a"), key("b"), Step::Index(1)], false), Some("\"two\""));
+        assert_eq!(follow(json, &[key("a"), key("b"), Step::Index(-1), key("c")], false), Some("null"));
         assert_eq!(follow(json, &[key("b")], false), None);
         assert_eq!(follow(json, &[Step::Index(0)], false), None);
-        assert_eq!(
-            follow(json, &[key("a"), key("b"), Step::Index(-4)], false),
-            None
-        );
+        assert_eq!(follow(json, &[key("a"), key("b"), Step::Index(-4)], false), None);
     }
 
     #[test]
     fn the_last_of_two_equal_keys_counts() {
-        assert_eq!(
-            follow(r#"{"a":1,"\u0061":2}"#, &[key("a")], false),
-            Some("2")
-        );
+        assert_eq!(follow(r#"{"a":1,"\u0061":2}"#, &[key("a")], false), Some("2"));
     }
 
     #[test]
@@ -307,10 +284,7 @@ mod tests {
 
     #[test]
     fn escapes_are_decoded() {
-        assert_eq!(
-            as_text(r#""a\"\\\/\n\u00e9\ud83d\ude00""#).as_deref(),
-            Some("a\"\\/\né😀")
-        );
+        assert_eq!(as_text(r#""a\"\\\/\n\u00e9\ud83d\ude00""#).as_deref(), Some("a\"\\/\né😀"));
         assert_eq!(as_text(r#""\u0000""#), None);
         assert_eq!(as_text(r#""\ud83d""#), None);
         assert_eq!(as_text("null"), None);

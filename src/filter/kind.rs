@@ -130,13 +130,9 @@ impl ColumnType {
     fn category(self) -> Category {
         match self {
             Self::Bool => Category::Boolean,
-            Self::Int2 | Self::Int4 | Self::Int8 | Self::Numeric | Self::Float4 | Self::Float8 => {
-                Category::Numeric
-            }
+            Self::Int2 | Self::Int4 | Self::Int8 | Self::Numeric | Self::Float4 | Self::Float8 => Category::Numeric,
             Self::Text | Self::Char => Category::String,
-            Self::Date | Self::Time | Self::TimeTz | Self::Timestamp | Self::TimestampTz => {
-                Category::DateTime
-            }
+            Self::Date | Self::Time | Self::TimeTz | Self::Timestamp | Self::TimestampTz => Category::DateTime,
             Self::Interval => Category::Timespan,
             Self::Uuid | Self::Json | Self::Jsonb | Self::Enum | Self::Other => Category::None,
         }
@@ -144,10 +140,7 @@ impl ColumnType {
 
     /// `pg_type.typispreferred`.
     fn is_preferred(self) -> bool {
-        matches!(
-            self,
-            Self::Bool | Self::Float8 | Self::Text | Self::TimestampTz | Self::Interval
-        )
+        matches!(self, Self::Bool | Self::Float8 | Self::Text | Self::TimestampTz | Self::Interval)
     }
 
     /// Place in the chain of implicit numeric casts.
@@ -191,10 +184,9 @@ impl ColumnType {
             // Two enum columns may be of different types, which Postgres refuses; nobody can tell here.
             (Self::Enum, _) => false,
             (Self::Text | Self::Char, Self::Text | Self::Char) => true,
-            (
-                Self::Date | Self::Timestamp | Self::TimestampTz,
-                Self::Date | Self::Timestamp | Self::TimestampTz,
-            ) => true,
+            (Self::Date | Self::Timestamp | Self::TimestampTz, Self::Date | Self::Timestamp | Self::TimestampTz) => {
+                true
+            }
             (Self::Time | Self::TimeTz, Self::Time | Self::TimeTz) => true,
             (left, right) => left == right,
         }
@@ -204,9 +196,7 @@ impl ColumnType {
 /// The common type of an `IN` list and its left side, as Postgres's `select_common_type` finds it;
 /// `None` where there is none, and each element is compared on its own. Untyped literals
 /// (`None` in `kinds`) do not vote.
-pub(super) fn common_type(
-    kinds: impl Iterator<Item = Option<ColumnType>> + Clone,
-) -> Option<ColumnType> {
+pub(super) fn common_type(kinds: impl Iterator<Item = Option<ColumnType>> + Clone) -> Option<ColumnType> {
     let mut chosen: Option<ColumnType> = None;
     for kind in kinds.clone().flatten() {
         let Some(current) = chosen else {
@@ -219,10 +209,7 @@ pub(super) fn common_type(
         if kind.category() != current.category() || kind.category() == Category::None {
             return None;
         }
-        if !current.is_preferred()
-            && current.casts_implicitly(kind)
-            && !kind.casts_implicitly(current)
-        {
+        if !current.is_preferred() && current.casts_implicitly(kind) && !kind.casts_implicitly(current) {
             chosen = Some(kind);
         }
     }
@@ -239,10 +226,7 @@ mod tests {
     fn types_are_known_by_their_catalog_names() {
         assert_eq!(ColumnType::from_postgres("varchar", 'b'), ColumnType::Text);
         assert_eq!(ColumnType::from_postgres("bpchar", 'b'), ColumnType::Char);
-        assert_eq!(
-            ColumnType::from_postgres("order_status", 'e'),
-            ColumnType::Enum
-        );
+        assert_eq!(ColumnType::from_postgres("order_status", 'e'), ColumnType::Enum);
         assert_eq!(ColumnType::from_postgres("text", 'd'), ColumnType::Other);
         assert_eq!(ColumnType::from_postgres("_int4", 'b'), ColumnType::Other);
         assert_eq!(ColumnType::from_postgres("citext", 'b'), ColumnType::Other);
@@ -251,18 +235,9 @@ mod tests {
     #[test]
     fn an_in_list_takes_its_widest_numeric_type_but_not_past_real() {
         let common = |kinds: &[ColumnType]| common_type(kinds.iter().map(|kind| Some(*kind)));
-        assert_eq!(
-            common(&[ColumnType::Int4, ColumnType::Numeric]),
-            Some(ColumnType::Numeric)
-        );
-        assert_eq!(
-            common(&[ColumnType::Float4, ColumnType::Numeric]),
-            Some(ColumnType::Float4)
-        );
+        assert_eq!(common(&[ColumnType::Int4, ColumnType::Numeric]), Some(ColumnType::Numeric));
+        assert_eq!(common(&[ColumnType::Float4, ColumnType::Numeric]), Some(ColumnType::Float4));
         assert_eq!(common(&[ColumnType::Int4, ColumnType::Text]), None);
-        assert_eq!(
-            common_type([None, None].into_iter()),
-            Some(ColumnType::Text)
-        );
+        assert_eq!(common_type([None, None].into_iter()), Some(ColumnType::Text));
     }
 }

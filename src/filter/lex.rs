@@ -88,16 +88,10 @@ pub(super) fn tokens(text: &str) -> Result<Vec<Lexeme>, FilterError> {
         match spanned.token {
             Token::Whitespace(_) | Token::EOF => {}
             Token::CustomBinaryOperator(symbols) => push_operators(&symbols, at, &mut lexemes),
-            token => lexemes.push(Lexeme {
-                at,
-                token: translate(token),
-            }),
+            token => lexemes.push(Lexeme { at, token: translate(token) }),
         }
     }
-    lexemes.push(Lexeme {
-        at: text.chars().count() + 1,
-        token: Tok::End,
-    });
+    lexemes.push(Lexeme { at: text.chars().count() + 1, token: Tok::End });
     Ok(lexemes)
 }
 
@@ -132,24 +126,14 @@ fn translate(token: Token) -> Tok {
 /// Source: PostgreSQL manual, "Operators" in "Lexical Structure".
 fn push_operators(symbols: &str, at: usize, lexemes: &mut Vec<Lexeme>) {
     let keeps_sign = symbols.contains(['~', '!', '@', '#', '%', '^', '&', '|', '`', '?']);
-    let operator = if keeps_sign {
-        symbols
-    } else {
-        symbols.trim_end_matches(['+', '-'])
-    };
+    let operator = if keeps_sign { symbols } else { symbols.trim_end_matches(['+', '-']) };
     let mut offset = 0;
     if !operator.is_empty() {
         offset = operator.len();
-        lexemes.push(Lexeme {
-            at,
-            token: operator_token(operator),
-        });
+        lexemes.push(Lexeme { at, token: operator_token(operator) });
     }
     for (index, sign) in symbols.bytes().enumerate().skip(offset) {
-        lexemes.push(Lexeme {
-            at: at + index,
-            token: if sign == b'-' { Tok::Minus } else { Tok::Plus },
-        });
+        lexemes.push(Lexeme { at: at + index, token: if sign == b'-' { Tok::Minus } else { Tok::Plus } });
     }
 }
 
@@ -175,20 +159,13 @@ struct Lines {
 
 impl Lines {
     fn of(text: &str) -> Self {
-        let after_breaks = text
-            .chars()
-            .enumerate()
-            .filter(|(_, character)| *character == '\n')
-            .map(|(index, _)| index + 1);
-        Self {
-            starts: std::iter::once(0).chain(after_breaks).collect(),
-        }
+        let after_breaks =
+            text.chars().enumerate().filter(|(_, character)| *character == '\n').map(|(index, _)| index + 1);
+        Self { starts: std::iter::once(0).chain(after_breaks).collect() }
     }
 
     fn position(&self, location: Location) -> usize {
-        let line = usize::try_from(location.line)
-            .unwrap_or(1)
-            .saturating_sub(1);
+        let line = usize::try_from(location.line).unwrap_or(1).saturating_sub(1);
         let column = usize::try_from(location.column).unwrap_or(1).max(1);
         self.starts.get(line).copied().unwrap_or(0) + column
     }
@@ -199,11 +176,7 @@ mod tests {
     use super::*;
 
     fn cut(text: &str) -> Vec<(usize, Tok)> {
-        tokens(text)
-            .expect("a text of sound tokens")
-            .into_iter()
-            .map(|lexeme| (lexeme.at, lexeme.token))
-            .collect()
+        tokens(text).expect("a text of sound tokens").into_iter().map(|lexeme| (lexeme.at, lexeme.token)).collect()
     }
 
     #[test]

@@ -59,11 +59,7 @@ impl PatternFault {
 
 impl Pattern {
     /// `escape` is backslash unless the condition says otherwise; `None` means no escape at all.
-    pub(super) fn compile(
-        pattern: &str,
-        escape: Option<char>,
-        fold: bool,
-    ) -> Result<Self, PatternFault> {
+    pub(super) fn compile(pattern: &str, escape: Option<char>, fold: bool) -> Result<Self, PatternFault> {
         let mut segments = vec![Segment::default()];
         let mut text = String::with_capacity(pattern.len());
         let mut characters = pattern.chars();
@@ -89,16 +85,11 @@ impl Pattern {
         for (place, segment) in segments.iter_mut().enumerate() {
             segment.literal = segment.pieces.iter().map(|piece| piece.literal()).collect();
             let floats = place > 0 && place < last;
-            if floats && segment.literal.is_none() && segment.pieces.len() > MAX_FLOATING_WILDCARDS
-            {
+            if floats && segment.literal.is_none() && segment.pieces.len() > MAX_FLOATING_WILDCARDS {
                 return Err(PatternFault::TooManyWildcards);
             }
         }
-        Ok(Self {
-            fold,
-            segments,
-            text,
-        })
+        Ok(Self { fold, segments, text })
     }
 
     /// The pattern with backslash as its escape: equal texts match alike.
@@ -171,8 +162,7 @@ impl Segment {
             let at = text.find(literal.as_str())?;
             return text.get(at + literal.len()..);
         }
-        text.char_indices()
-            .find_map(|(at, _)| self.strip_prefix(&text[at..]))
+        text.char_indices().find_map(|(at, _)| self.strip_prefix(&text[at..]))
     }
 }
 
@@ -216,9 +206,7 @@ mod tests {
     use super::*;
 
     fn like(text: &str, pattern: &str) -> bool {
-        Pattern::compile(pattern, Some('\\'), false)
-            .expect("a sound pattern")
-            .matches(text)
+        Pattern::compile(pattern, Some('\\'), false).expect("a sound pattern").matches(text)
     }
 
     #[test]
@@ -278,10 +266,7 @@ mod tests {
     fn bad_patterns_are_refused() {
         let fault = |pattern: &str| Pattern::compile(pattern, Some('\\'), false).err();
         assert_eq!(fault("a\\"), Some(PatternFault::DanglingEscape));
-        assert_eq!(
-            fault(&format!("%_{}%", "a".repeat(64))),
-            Some(PatternFault::TooManyWildcards)
-        );
+        assert_eq!(fault(&format!("%_{}%", "a".repeat(64))), Some(PatternFault::TooManyWildcards));
         assert_eq!(fault(&format!("_{}%", "a".repeat(64))), None);
     }
 }

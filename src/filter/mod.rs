@@ -57,10 +57,7 @@ pub struct Column {
 impl Column {
     /// A column.
     pub fn new(name: impl Into<String>, kind: ColumnType) -> Self {
-        Self {
-            name: name.into(),
-            kind,
-        }
+        Self { name: name.into(), kind }
     }
 }
 
@@ -100,20 +97,12 @@ impl Filter {
     /// not there, or mixes types as Postgres would refuse; with the position of the token to blame.
     pub fn compile(text: &str, columns: &[Column]) -> Result<Self, FilterError> {
         if text.len() > MAX_FILTER_BYTES {
-            let reason = format!(
-                "the condition has {} bytes, at most {MAX_FILTER_BYTES} are allowed",
-                text.len()
-            );
+            let reason = format!("the condition has {} bytes, at most {MAX_FILTER_BYTES} are allowed", text.len());
             return Err(FilterError::new(1, reason));
         }
         let syntax = parse::parse(text)?;
         let plan::Plan { root, columns } = plan::plan(&syntax, columns)?;
-        Ok(Self {
-            canonical: canonical::text(&root),
-            index: index::conjunct(&root),
-            root,
-            columns,
-        })
+        Ok(Self { canonical: canonical::text(&root), index: index::conjunct(&root), root, columns })
     }
 
     /// The columns of domain events (tables `event:…`).

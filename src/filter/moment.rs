@@ -109,13 +109,8 @@ fn parse_instant(text: &str, zoned: bool) -> Result<i64, Fault> {
     if stamp.days < FIRST_DAY {
         return Err(Fault::Range);
     }
-    let offset = if zoned {
-        stamp.offset.unwrap_or(0) * MICROS_PER_SECOND
-    } else {
-        0
-    };
-    let instant = i128::from(stamp.days) * i128::from(MICROS_PER_DAY) + i128::from(stamp.micros)
-        - i128::from(offset);
+    let offset = if zoned { stamp.offset.unwrap_or(0) * MICROS_PER_SECOND } else { 0 };
+    let instant = i128::from(stamp.days) * i128::from(MICROS_PER_DAY) + i128::from(stamp.micros) - i128::from(offset);
     match i64::try_from(instant) {
         Ok(instant) if (FIRST_DAY * MICROS_PER_DAY..INSTANTS_END).contains(&instant) => Ok(instant),
         _ => Err(Fault::Range),
@@ -135,10 +130,7 @@ pub(super) fn parse_zoned_time(text: &str) -> Result<ZonedTime, Fault> {
     let offset = scan.offset()?;
     scan.blanks();
     scan.end()?;
-    Ok(ZonedTime {
-        micros,
-        offset: offset.unwrap_or(0),
-    })
+    Ok(ZonedTime { micros, offset: offset.unwrap_or(0) })
 }
 
 fn parse_infinity(text: &str) -> Option<i8> {
@@ -186,11 +178,7 @@ fn parse_stamp(text: &str) -> Result<Stamp, Fault> {
         return Err(Fault::Range);
     }
     let year = if before_christ { 1 - year } else { year };
-    Ok(Stamp {
-        days: days_from_civil(year, month, day)?,
-        micros,
-        offset,
-    })
+    Ok(Stamp { days: days_from_civil(year, month, day)?, micros, offset })
 }
 
 /// Days since 2000-01-01 in the proleptic Gregorian calendar.
@@ -207,11 +195,7 @@ fn days_from_civil(year: i64, month: i64, day: i64) -> Result<i64, Fault> {
         return Err(Fault::Range);
     }
     // Years that begin in March put the leap day at the end; eras of 400 years repeat exactly.
-    let (march_year, march_month) = if month > 2 {
-        (year, month - 3)
-    } else {
-        (year - 1, month + 9)
-    };
+    let (march_year, march_month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let era = march_year.div_euclid(400);
     let year_of_era = march_year.rem_euclid(400);
     let day_of_year = (153 * march_month + 2) / 5 + day - 1;
@@ -227,9 +211,7 @@ pub(super) fn is_blank(character: char) -> bool {
 
 fn number(digits: &[u8]) -> i64 {
     // Callers bound the digits, so this cannot overflow.
-    digits
-        .iter()
-        .fold(0, |total, digit| total * 10 + i64::from(digit - b'0'))
+    digits.iter().fold(0, |total, digit| total * 10 + i64::from(digit - b'0'))
 }
 
 /// A reader of short ASCII forms.
@@ -239,9 +221,7 @@ struct Scan<'a> {
 
 impl<'a> Scan<'a> {
     fn new(text: &'a str) -> Self {
-        Self {
-            rest: text.trim_matches(is_blank).as_bytes(),
-        }
+        Self { rest: text.trim_matches(is_blank).as_bytes() }
     }
 
     fn peek(&self) -> Option<u8> {
@@ -257,27 +237,15 @@ impl<'a> Scan<'a> {
     }
 
     fn expect(&mut self, byte: u8) -> Result<(), Fault> {
-        if self.take(byte) {
-            Ok(())
-        } else {
-            Err(Fault::Syntax)
-        }
+        if self.take(byte) { Ok(()) } else { Err(Fault::Syntax) }
     }
 
     fn end(&self) -> Result<(), Fault> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(Fault::Syntax)
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(Fault::Syntax) }
     }
 
     fn digits(&mut self) -> &'a [u8] {
-        let end = self
-            .rest
-            .iter()
-            .position(|byte| !byte.is_ascii_digit())
-            .unwrap_or(self.rest.len());
+        let end = self.rest.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(self.rest.len());
         let (digits, rest) = self.rest.split_at(end);
         self.rest = rest;
         digits
@@ -285,11 +253,7 @@ impl<'a> Scan<'a> {
 
     fn one_or_two(&mut self) -> Result<i64, Fault> {
         let digits = self.digits();
-        if matches!(digits.len(), 1 | 2) {
-            Ok(number(digits))
-        } else {
-            Err(Fault::Syntax)
-        }
+        if matches!(digits.len(), 1 | 2) { Ok(number(digits)) } else { Err(Fault::Syntax) }
     }
 
     fn blanks(&mut self) -> bool {
@@ -309,19 +273,12 @@ impl<'a> Scan<'a> {
         let hour = self.one_or_two()?;
         self.expect(b':')?;
         let minute = self.one_or_two()?;
-        let (second, fraction) = if self.take(b':') {
-            (self.one_or_two()?, self.fraction())
-        } else {
-            (0, 0)
-        };
+        let (second, fraction) = if self.take(b':') { (self.one_or_two()?, self.fraction()) } else { (0, 0) };
         // Postgres takes a leap second as the first of the next minute.
         if minute > 59 || second > 60 {
             return Err(Fault::Range);
         }
-        let micros = hour * MICROS_PER_HOUR
-            + minute * MICROS_PER_MINUTE
-            + second * MICROS_PER_SECOND
-            + fraction;
+        let micros = hour * MICROS_PER_HOUR + minute * MICROS_PER_MINUTE + second * MICROS_PER_SECOND + fraction;
         if hour > 24 || micros > MICROS_PER_DAY {
             return Err(Fault::Range);
         }
@@ -357,16 +314,8 @@ impl<'a> Scan<'a> {
         let digits = self.digits();
         let (hours, minutes, seconds) = match digits.len() {
             1 | 2 => {
-                let minutes = if self.take(b':') {
-                    self.one_or_two()?
-                } else {
-                    0
-                };
-                let seconds = if self.take(b':') {
-                    self.one_or_two()?
-                } else {
-                    0
-                };
+                let minutes = if self.take(b':') { self.one_or_two()? } else { 0 };
+                let seconds = if self.take(b':') { self.one_or_two()? } else { 0 };
                 (number(digits), minutes, seconds)
             }
             3 | 4 => (number(digits) / 100, number(digits) % 100, 0),
@@ -392,14 +341,8 @@ impl<'a> Scan<'a> {
     }
 
     fn word(&mut self, word: &[u8]) -> bool {
-        let found = self
-            .rest
-            .get(..word.len())
-            .is_some_and(|start| start.eq_ignore_ascii_case(word))
-            && !self
-                .rest
-                .get(word.len())
-                .is_some_and(u8::is_ascii_alphabetic);
+        let found = self.rest.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word))
+            && !self.rest.get(word.len()).is_some_and(u8::is_ascii_alphabetic);
         if found {
             self.rest = &self.rest[word.len()..];
         }
@@ -418,10 +361,7 @@ mod tests {
         assert_eq!(parse_date("2000-03-01").ok(), Some(60));
         assert_eq!(parse_date("4714-11-24 BC").ok(), Some(-2_451_545));
         assert_eq!(parse_date("4714-11-23 BC").ok(), None);
-        assert_eq!(
-            parse_date("5874897-12-31").map(i64::from).ok(),
-            Some(DAYS_END - 1)
-        );
+        assert_eq!(parse_date("5874897-12-31").map(i64::from).ok(), Some(DAYS_END - 1));
     }
 
     #[test]
@@ -466,10 +406,7 @@ mod tests {
     fn times_with_zones_are_ordered_by_utc_then_by_zone() {
         let time = |text| parse_zoned_time(text).expect("a time");
         assert_eq!(time("10:00+02").compare(time("08:00Z")), Ordering::Less);
-        assert_eq!(
-            time("10:00+02").compare(time("10:00+02:00")),
-            Ordering::Equal
-        );
+        assert_eq!(time("10:00+02").compare(time("10:00+02:00")), Ordering::Equal);
         assert_eq!(time("10:00+02").compare(time("10:00+01")), Ordering::Less);
     }
 }

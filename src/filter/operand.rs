@@ -32,17 +32,11 @@ enum Form {
 
 impl Operand {
     pub(super) fn untyped(at: usize, text: Option<String>) -> Self {
-        Self {
-            at,
-            form: Form::Untyped(text),
-        }
+        Self { at, form: Form::Untyped(text) }
     }
 
     pub(super) fn typed(at: usize, scalar: Scalar, kind: ColumnType) -> Self {
-        Self {
-            at,
-            form: Form::Typed(scalar, kind),
-        }
+        Self { at, form: Form::Typed(scalar, kind) }
     }
 
     pub(super) fn constant(at: usize, value: Value<'static>, kind: ColumnType) -> Self {
@@ -57,20 +51,14 @@ impl Operand {
     }
 
     pub(super) fn is_constant(&self) -> bool {
-        matches!(
-            self.form,
-            Form::Untyped(_) | Form::Typed(Scalar::Const(..), _)
-        )
+        matches!(self.form, Form::Untyped(_) | Form::Typed(Scalar::Const(..), _))
     }
 
     /// An untyped literal that nothing gives a type is text.
     pub(super) fn into_scalar(self) -> Scalar {
         match self.form {
             Form::Typed(scalar, _) => scalar,
-            Form::Untyped(text) => Scalar::Const(
-                text.map(|text| Value::Text(Cow::Owned(text))),
-                ColumnType::Text,
-            ),
+            Form::Untyped(text) => Scalar::Const(text.map(|text| Value::Text(Cow::Owned(text))), ColumnType::Text),
         }
     }
 
@@ -82,18 +70,13 @@ impl Operand {
                 Value::Bool(value) => Ok(Node::Const(Some(value))),
                 _ => Ok(Node::Const(None)),
             },
-            Form::Typed(Scalar::Const(Some(Value::Bool(value)), _), _) => {
-                Ok(Node::Const(Some(value)))
-            }
+            Form::Typed(Scalar::Const(Some(Value::Bool(value)), _), _) => Ok(Node::Const(Some(value))),
             Form::Typed(Scalar::Const(None, _), ColumnType::Bool) => Ok(Node::Const(None)),
             Form::Typed(Scalar::Truth(node), _) => Ok(*node),
             Form::Typed(scalar, ColumnType::Bool) => Ok(Node::Test(scalar)),
             Form::Typed(_, kind) => Err(FilterError::new(
                 at,
-                format!(
-                    "a condition must be boolean, this is {}; compare it with something",
-                    kind.sql_name()
-                ),
+                format!("a condition must be boolean, this is {}; compare it with something", kind.sql_name()),
             )),
         }
     }
@@ -121,9 +104,7 @@ impl Operand {
     pub(super) fn cast(self, at: usize, target: ColumnType) -> Result<Self, FilterError> {
         let scalar = match self.form {
             Form::Untyped(None) => Scalar::Const(None, target),
-            Form::Untyped(Some(text)) => {
-                Scalar::Const(Some(literal(self.at, &text, target)?), target)
-            }
+            Form::Untyped(Some(text)) => Scalar::Const(Some(literal(self.at, &text, target)?), target),
             Form::Typed(scalar, kind) if kind == target => scalar,
             Form::Typed(Scalar::Const(None, _), _) => Scalar::Const(None, target),
             Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
@@ -150,10 +131,7 @@ impl Operand {
     pub(super) fn step(self, at: usize, key: Self, text: bool) -> Result<Self, FilterError> {
         let step = key.into_step()?;
         let refused = |what: &str| {
-            FilterError::new(
-                at,
-                format!("-> and ->> take a json or jsonb column on their left, not {what}"),
-            )
+            FilterError::new(at, format!("-> and ->> take a json or jsonb column on their left, not {what}"))
         };
         let Form::Typed(scalar, kind) = self.form else {
             return Err(refused("a literal"));
@@ -163,25 +141,12 @@ impl Operand {
         }
         let result = if text { ColumnType::Text } else { kind };
         let scalar = match scalar {
-            Scalar::Column(column, _) => Scalar::Path {
-                column,
-                binary: kind == ColumnType::Jsonb,
-                steps: vec![step],
-                text,
-            },
-            Scalar::Path {
-                column,
-                binary,
-                mut steps,
-                ..
-            } => {
+            Scalar::Column(column, _) => {
+                Scalar::Path { column, binary: kind == ColumnType::Jsonb, steps: vec![step], text }
+            }
+            Scalar::Path { column, binary, mut steps, .. } => {
                 steps.push(step);
-                Scalar::Path {
-                    column,
-                    binary,
-                    steps,
-                    text,
-                }
+                Scalar::Path { column, binary, steps, text }
             }
             _ => return Err(refused("a literal")),
         };
@@ -194,10 +159,7 @@ impl Operand {
             Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
                 return Ok(Step::Key(text.into()));
             }
-            Form::Typed(
-                Scalar::Const(Some(Value::Int(index)), _),
-                ColumnType::Int2 | ColumnType::Int4,
-            ) => {
+            Form::Typed(Scalar::Const(Some(Value::Int(index)), _), ColumnType::Int2 | ColumnType::Int4) => {
                 if let Ok(index) = i32::try_from(index) {
                     return Ok(Step::Index(index));
                 }
@@ -213,15 +175,12 @@ impl Operand {
     /// The left side of `LIKE`: text as it is, `character(n)` with its padding.
     pub(super) fn into_like_item(self, at: usize) -> Result<Scalar, FilterError> {
         match self.form {
-            Form::Typed(Scalar::Column(name, ColumnType::Char), _) => {
-                Ok(Scalar::Column(name, ColumnType::Text))
-            }
+            Form::Typed(Scalar::Column(name, ColumnType::Char), _) => Ok(Scalar::Column(name, ColumnType::Text)),
             Form::Typed(scalar, ColumnType::Text) => Ok(scalar),
             Form::Untyped(_) => Ok(self.into_scalar()),
-            Form::Typed(_, kind) => Err(FilterError::new(
-                at,
-                format!("LIKE and ILIKE take text, not {}", kind.sql_name()),
-            )),
+            Form::Typed(_, kind) => {
+                Err(FilterError::new(at, format!("LIKE and ILIKE take text, not {}", kind.sql_name())))
+            }
         }
     }
 
@@ -229,13 +188,8 @@ impl Operand {
         match self.form {
             Form::Untyped(text) => Ok(text),
             Form::Typed(Scalar::Const(None, _), ColumnType::Text) => Ok(None),
-            Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
-                Ok(Some(text.into_owned()))
-            }
-            Form::Typed(..) => Err(FilterError::new(
-                self.at,
-                format!("{what} must be a string literal"),
-            )),
+            Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => Ok(Some(text.into_owned())),
+            Form::Typed(..) => Err(FilterError::new(self.at, format!("{what} must be a string literal"))),
         }
     }
 }
@@ -273,29 +227,16 @@ pub(super) fn resolve(
         }
         (Form::Typed(left_scalar, left_kind), Form::Typed(right_scalar, right_kind)) => {
             if !left_kind.compares_with(right_kind) {
-                return Err(no_operator(
-                    at,
-                    left_kind,
-                    right_kind.sql_name(),
-                    comparison,
-                ));
+                return Err(no_operator(at, left_kind, right_kind.sql_name(), comparison));
             }
             check_strings(at, (&left_scalar, left_kind), (&right_scalar, right_kind))?;
-            Ok((
-                fitted(left_scalar, right_kind, left.at)?,
-                fitted(right_scalar, left_kind, right.at)?,
-            ))
+            Ok((fitted(left_scalar, right_kind, left.at)?, fitted(right_scalar, left_kind, right.at)?))
         }
     }
 }
 
 /// `item = ANY (constants)`, all of them of the type `common`.
-pub(super) fn list(
-    item: Operand,
-    constants: Vec<Operand>,
-    common: ColumnType,
-    at: usize,
-) -> Result<Node, FilterError> {
+pub(super) fn list(item: Operand, constants: Vec<Operand>, common: ColumnType, at: usize) -> Result<Node, FilterError> {
     let mut list = Vec::with_capacity(constants.len());
     let mut has_null = false;
     let item_kind = item.kind().unwrap_or(common);
@@ -304,10 +245,7 @@ pub(super) fn list(
             Form::Untyped(text) => beside(constant.at, text, common, Comparison::Equal, at)?,
             Form::Typed(Scalar::Const(value, kind), _) => {
                 let value = value.map(|value| convert(value, common)).transpose();
-                Scalar::Const(
-                    value.map_err(|fault| reason(constant.at, fault, "the number", kind))?,
-                    common,
-                )
+                Scalar::Const(value.map_err(|fault| reason(constant.at, fault, "the number", kind))?, common)
             }
             Form::Typed(scalar, _) => scalar,
         };
@@ -324,12 +262,7 @@ pub(super) fn list(
     };
     list.sort_by(|left, right| left.compare(right).unwrap_or(std::cmp::Ordering::Equal));
     list.dedup_by(|left, right| left.compare(right) == Some(std::cmp::Ordering::Equal));
-    Ok(Node::In {
-        item,
-        list,
-        kind: common,
-        has_null,
-    })
+    Ok(Node::In { item, list, kind: common, has_null })
 }
 
 /// An untyped literal as a constant of the type of the other side.
@@ -347,40 +280,27 @@ fn beside(
     if !comparable {
         return Err(no_operator(at, kind, "a literal", comparison));
     }
-    let value = text
-        .map(|text| literal(literal_at, &text, kind))
-        .transpose()?;
+    let value = text.map(|text| literal(literal_at, &text, kind)).transpose()?;
     Ok(Scalar::Const(value, kind))
 }
 
 fn no_operator(at: usize, left: ColumnType, right: &str, comparison: Comparison) -> FilterError {
     let advice = match left {
-        ColumnType::Json | ColumnType::Jsonb => {
-            "compare one of its fields as text: column ->> 'field'"
-        }
+        ColumnType::Json | ColumnType::Jsonb => "compare one of its fields as text: column ->> 'field'",
         ColumnType::Enum => "an enum is compared with string literals, by =, <> and IN",
         ColumnType::Other => "a column of this type can only be tested by IS NULL",
         _ => "write the literal as the column's type, or cast it",
     };
     FilterError::new(
         at,
-        format!(
-            "operator does not exist: {} {} {right}; {advice}",
-            left.sql_name(),
-            comparison.symbol()
-        ),
+        format!("operator does not exist: {} {} {right}; {advice}", left.sql_name(), comparison.symbol()),
     )
 }
 
 /// `character(n)` beside a column of text: Postgres decides by whether that is `text` or
 /// `varchar`, which is not known here.
-fn check_strings(
-    at: usize,
-    left: (&Scalar, ColumnType),
-    right: (&Scalar, ColumnType),
-) -> Result<(), FilterError> {
-    let is_text_column =
-        |side: (&Scalar, ColumnType)| matches!(side, (Scalar::Column(..), ColumnType::Text));
+fn check_strings(at: usize, left: (&Scalar, ColumnType), right: (&Scalar, ColumnType)) -> Result<(), FilterError> {
+    let is_text_column = |side: (&Scalar, ColumnType)| matches!(side, (Scalar::Column(..), ColumnType::Text));
     let is_padded = |side: (&Scalar, ColumnType)| side.1 == ColumnType::Char;
     if is_padded(left) && is_text_column(right) || is_text_column(left) && is_padded(right) {
         let reason = "a character(n) column and a text column do not compare here; compare each with a literal";
@@ -394,8 +314,7 @@ fn fitted(scalar: Scalar, beside: ColumnType, at: usize) -> Result<Scalar, Filte
     match scalar {
         Scalar::Const(Some(value), kind) if beside.is_float() && !kind.is_float() => {
             let double = ColumnType::Float8;
-            let value =
-                convert(value, double).map_err(|fault| reason(at, fault, "the number", double))?;
+            let value = convert(value, double).map_err(|fault| reason(at, fault, "the number", double))?;
             Ok(Scalar::Const(Some(value), double))
         }
         other => Ok(other),
@@ -403,15 +322,13 @@ fn fitted(scalar: Scalar, beside: ColumnType, at: usize) -> Result<Scalar, Filte
 }
 
 fn literal(at: usize, text: &str, kind: ColumnType) -> Result<Value<'static>, FilterError> {
-    value::read(kind, text)
-        .map(Value::into_owned)
-        .map_err(|fault| {
-            let mut shown: String = text.chars().take(QUOTED_CHARACTERS).collect();
-            if shown.len() < text.len() {
-                shown.push('…');
-            }
-            reason(at, fault, &format!("'{shown}'"), kind)
-        })
+    value::read(kind, text).map(Value::into_owned).map_err(|fault| {
+        let mut shown: String = text.chars().take(QUOTED_CHARACTERS).collect();
+        if shown.len() < text.len() {
+            shown.push('…');
+        }
+        reason(at, fault, &format!("'{shown}'"), kind)
+    })
 }
 
 fn reason(at: usize, fault: Fault, what: &str, kind: ColumnType) -> FilterError {
@@ -437,19 +354,13 @@ fn reason(at: usize, fault: Fault, what: &str, kind: ColumnType) -> FilterError 
 /// each other as they are need no conversion.
 fn convert(value: Value<'static>, target: ColumnType) -> Result<Value<'static>, Fault> {
     let in_range = |value: i64, least: i64, greatest: i64| {
-        if (least..=greatest).contains(&value) {
-            Ok(Value::Int(value))
-        } else {
-            Err(Fault::Range)
-        }
+        if (least..=greatest).contains(&value) { Ok(Value::Int(value)) } else { Err(Fault::Range) }
     };
     match (target, value) {
         (ColumnType::Int2, Value::Int(value)) => in_range(value, i16::MIN.into(), i16::MAX.into()),
         (ColumnType::Int4, Value::Int(value)) => in_range(value, i32::MIN.into(), i32::MAX.into()),
         (ColumnType::Float4, Value::Int(value)) => Ok(Value::Float(f64::from(value as f32))),
-        (ColumnType::Float4, Value::OwnedDecimal(value)) => {
-            Ok(Value::Float(f64::from(value.view().to_f32()?)))
-        }
+        (ColumnType::Float4, Value::OwnedDecimal(value)) => Ok(Value::Float(f64::from(value.view().to_f32()?))),
         (ColumnType::Float8, value) => match value.as_float() {
             Some(float) => Ok(Value::Float(float)),
             None => Err(Fault::Range),
@@ -469,18 +380,13 @@ fn cast_constant(
     from: ColumnType,
     target: ColumnType,
 ) -> Result<Value<'static>, FilterError> {
-    use ColumnType::{
-        Bool, Date, Float4, Float8, Int2, Int4, Int8, Numeric, Text, Timestamp, TimestampTz,
-    };
+    use ColumnType::{Bool, Date, Float4, Float8, Int2, Int4, Int8, Numeric, Text, Timestamp, TimestampTz};
     let cast = match (value, target) {
-        (value @ Value::Int(_), Int2 | Int4 | Int8 | Float4 | Float8 | Numeric) => {
-            convert(value, target)
-        }
+        (value @ Value::Int(_), Int2 | Int4 | Int8 | Float4 | Float8 | Numeric) => convert(value, target),
         (value @ Value::OwnedDecimal(_), Float4 | Float8 | Numeric) => convert(value, target),
-        (Value::OwnedDecimal(value), Int2 | Int4 | Int8) => value
-            .view()
-            .to_i64()
-            .and_then(|value| convert(Value::Int(value), target)),
+        (Value::OwnedDecimal(value), Int2 | Int4 | Int8) => {
+            value.view().to_i64().and_then(|value| convert(Value::Int(value), target))
+        }
         (Value::Float(value), Float8) => Ok(Value::Float(value)),
         (Value::Int(value), Bool) if from == Int4 => Ok(Value::Bool(value != 0)),
         (Value::Bool(value), Int4) => Ok(Value::Int(value.into())),

@@ -104,11 +104,7 @@ impl Level {
 
 /// Parses a whole condition.
 pub(super) fn parse(text: &str) -> Result<Syntax, FilterError> {
-    let mut parser = Parser {
-        lexemes: lex::tokens(text)?,
-        next: 0,
-        depth: 0,
-    };
+    let mut parser = Parser { lexemes: lex::tokens(text)?, next: 0, depth: 0 };
     let syntax = parser.expression(Level::Or)?;
     match parser.peek() {
         Tok::End => Ok(syntax),
@@ -156,9 +152,7 @@ impl Parser {
 
     pub(super) fn peek_at(&self, ahead: usize) -> &Tok {
         let index = self.next + ahead;
-        self.lexemes
-            .get(index)
-            .map_or(&Tok::End, |lexeme| &lexeme.token)
+        self.lexemes.get(index).map_or(&Tok::End, |lexeme| &lexeme.token)
     }
 
     pub(super) fn position(&self) -> usize {
@@ -187,28 +181,19 @@ impl Parser {
     }
 
     fn expect(&mut self, token: &Tok, wanted: &str) -> Result<(), FilterError> {
-        if self.take(token) {
-            Ok(())
-        } else {
-            Err(self.unexpected(wanted))
-        }
+        if self.take(token) { Ok(()) } else { Err(self.unexpected(wanted)) }
     }
 
     fn expect_word(&mut self, word: &str) -> Result<(), FilterError> {
-        if self.take_word(word) {
-            Ok(())
-        } else {
-            Err(self.unexpected(&word.to_ascii_uppercase()))
-        }
+        if self.take_word(word) { Ok(()) } else { Err(self.unexpected(&word.to_ascii_uppercase())) }
     }
 
     pub(super) fn unexpected(&self, wanted: &str) -> FilterError {
         let found = self.peek();
         let reason = match found {
-            Tok::Foreign(_) => format!(
-                "{} is not part of the language of conditions; expected {wanted}",
-                found.describe()
-            ),
+            Tok::Foreign(_) => {
+                format!("{} is not part of the language of conditions; expected {wanted}", found.describe())
+            }
             _ => format!("found {}, expected {wanted}", found.describe()),
         };
         FilterError::new(self.position(), reason)
@@ -286,24 +271,14 @@ impl Parser {
             Infix::Is => self.is_test(at, left),
             Infix::Compare(comparison) => {
                 let right = self.expression(tighter)?;
-                node(
-                    at,
-                    Kind::Compare(*comparison, Box::new(left), Box::new(right)),
-                )
+                node(at, Kind::Compare(*comparison, Box::new(left), Box::new(right)))
             }
             Infix::In => self.in_list(at, left),
             Infix::Between => self.between(at, left),
             Infix::Like { fold } => self.like(at, left, *fold),
             Infix::Path { text } => {
                 let key = self.expression(tighter)?;
-                node(
-                    at,
-                    Kind::Path {
-                        json: Box::new(left),
-                        key: Box::new(key),
-                        text: *text,
-                    },
-                )
+                node(at, Kind::Path { json: Box::new(left), key: Box::new(key), text: *text })
             }
             Infix::Cast => {
                 let kind = typename::parse(self)?;
@@ -355,33 +330,14 @@ impl Parser {
         let low = self.expression(Level::Match.tighter())?;
         self.expect_word("and")?;
         let high = self.expression(Level::Match.tighter())?;
-        node(
-            at,
-            Kind::Between {
-                item: Box::new(item),
-                low: Box::new(low),
-                high: Box::new(high),
-                symmetric,
-            },
-        )
+        node(at, Kind::Between { item: Box::new(item), low: Box::new(low), high: Box::new(high), symmetric })
     }
 
     fn like(&mut self, at: usize, item: Syntax, fold: bool) -> Result<Syntax, FilterError> {
         let pattern = self.expression(Level::Match.tighter())?;
-        let escape = if self.take_word("escape") {
-            Some(Box::new(self.expression(Level::Match.tighter())?))
-        } else {
-            None
-        };
-        node(
-            at,
-            Kind::Like {
-                item: Box::new(item),
-                pattern: Box::new(pattern),
-                escape,
-                fold,
-            },
-        )
+        let escape =
+            if self.take_word("escape") { Some(Box::new(self.expression(Level::Match.tighter())?)) } else { None };
+        node(at, Kind::Like { item: Box::new(item), pattern: Box::new(pattern), escape, fold })
     }
 
     fn prefix(&mut self) -> Result<Syntax, FilterError> {
@@ -391,8 +347,7 @@ impl Parser {
                 self.advance(1);
                 let inner = self.expression(Level::Or)?;
                 if *self.peek() == Tok::Comma {
-                    let reason =
-                        "rows of several values are not part of the language; compare each column";
+                    let reason = "rows of several values are not part of the language; compare each column";
                     return Err(FilterError::new(self.position(), reason.to_owned()));
                 }
                 self.expect(&Tok::Close, "a closing parenthesis")?;
@@ -442,9 +397,7 @@ impl Parser {
             "false" => node(at, Kind::Bool(false)),
             _ if typename::is_reserved(&word) => Err(FilterError::new(
                 at,
-                format!(
-                    "\"{word}\" is a reserved word of SQL; a column of this name is written in double quotes"
-                ),
+                format!("\"{word}\" is a reserved word of SQL; a column of this name is written in double quotes"),
             )),
             _ => self.column(at, word),
         }
@@ -464,14 +417,11 @@ impl Parser {
         match self.peek() {
             Tok::Open => Err(FilterError::new(
                 at,
-                format!(
-                    "functions such as {name}() are not part of the language; compare the column itself"
-                ),
+                format!("functions such as {name}() are not part of the language; compare the column itself"),
             )),
-            Tok::Foreign(symbol) if symbol == "." => Err(FilterError::new(
-                at,
-                "a column is written without its table's name".to_owned(),
-            )),
+            Tok::Foreign(symbol) if symbol == "." => {
+                Err(FilterError::new(at, "a column is written without its table's name".to_owned()))
+            }
             _ => node(at, Kind::Column(name)),
         }
     }
@@ -485,26 +435,14 @@ fn node(at: usize, kind: Kind) -> Result<Syntax, FilterError> {
         | Kind::IsNull(inner)
         | Kind::IsTruth(inner, _)
         | Kind::Not(inner) => inner.height,
-        Kind::Path {
-            json: left,
-            key: right,
-            ..
+        Kind::Path { json: left, key: right, .. } | Kind::Compare(_, left, right) | Kind::Distinct(left, right) => {
+            left.height.max(right.height)
         }
-        | Kind::Compare(_, left, right)
-        | Kind::Distinct(left, right) => left.height.max(right.height),
         Kind::In(item, elements) => item.height.max(highest(elements)),
-        Kind::Between {
-            item, low, high, ..
-        } => item.height.max(low.height).max(high.height),
-        Kind::Like {
-            item,
-            pattern,
-            escape,
-            ..
-        } => item
-            .height
-            .max(pattern.height)
-            .max(escape.as_ref().map_or(0, |escape| escape.height)),
+        Kind::Between { item, low, high, .. } => item.height.max(low.height).max(high.height),
+        Kind::Like { item, pattern, escape, .. } => {
+            item.height.max(pattern.height).max(escape.as_ref().map_or(0, |escape| escape.height))
+        }
         Kind::And(parts) | Kind::Or(parts) => highest(parts),
     };
     let height = below + 1;
@@ -519,10 +457,7 @@ fn highest(parts: &[Syntax]) -> u16 {
 }
 
 fn too_deep(at: usize) -> FilterError {
-    FilterError::new(
-        at,
-        format!("the condition is nested more than {MAX_DEPTH} levels deep; write it flatter"),
-    )
+    FilterError::new(at, format!("the condition is nested more than {MAX_DEPTH} levels deep; write it flatter"))
 }
 
 fn negate_if(negated: bool, syntax: Syntax) -> Result<Syntax, FilterError> {
@@ -540,21 +475,10 @@ fn chain(at: usize, left: Syntax, right: Syntax, and: bool) -> Result<Syntax, Fi
     let mut parts = match left.kind {
         Kind::And(parts) if and => parts,
         Kind::Or(parts) if !and => parts,
-        kind => vec![Syntax {
-            at: left_at,
-            kind,
-            height: left.height,
-        }],
+        kind => vec![Syntax { at: left_at, kind, height: left.height }],
     };
     parts.push(right);
-    node(
-        at,
-        if and {
-            Kind::And(parts)
-        } else {
-            Kind::Or(parts)
-        },
-    )
+    node(at, if and { Kind::And(parts) } else { Kind::Or(parts) })
 }
 
 /// A sign directly before a number belongs to it, so that the least integer can be written.

@@ -67,16 +67,9 @@ pub(super) struct Plan {
 }
 
 pub(super) fn plan(syntax: &Syntax, columns: &[Column]) -> Result<Plan, FilterError> {
-    let mut planner = Planner {
-        columns,
-        used: Vec::new(),
-        nodes: 0,
-    };
+    let mut planner = Planner { columns, used: Vec::new(), nodes: 0 };
     let root = planner.condition(syntax)?;
-    Ok(Plan {
-        root,
-        columns: planner.used,
-    })
+    Ok(Plan { root, columns: planner.used })
 }
 
 pub(super) struct Planner<'c> {
@@ -90,9 +83,7 @@ impl Planner<'_> {
     fn condition(&mut self, syntax: &Syntax) -> Result<Node, FilterError> {
         self.count(syntax.at)?;
         match &syntax.kind {
-            Kind::Compare(comparison, left, right) => {
-                self.compare(syntax.at, *comparison, left, right)
-            }
+            Kind::Compare(comparison, left, right) => self.compare(syntax.at, *comparison, left, right),
             Kind::Distinct(left, right) => {
                 let left = self.operand(left)?;
                 let right = self.operand(right)?;
@@ -100,22 +91,10 @@ impl Planner<'_> {
                 Ok(negation(Node::Same(left, right)))
             }
             Kind::In(item, elements) => self.in_list(syntax.at, item, elements),
-            Kind::Between {
-                item,
-                low,
-                high,
-                symmetric,
-            } => self.between(syntax.at, item, (low, high), *symmetric),
-            Kind::Like {
-                item,
-                pattern,
-                escape,
-                fold,
-            } => self.like(syntax.at, item, pattern, escape.as_deref(), *fold),
+            Kind::Between { item, low, high, symmetric } => self.between(syntax.at, item, (low, high), *symmetric),
+            Kind::Like { item, pattern, escape, fold } => self.like(syntax.at, item, pattern, escape.as_deref(), *fold),
             Kind::IsNull(inner) => Ok(Node::IsNull(self.operand(inner)?.into_scalar())),
-            Kind::IsTruth(inner, truth) => {
-                Ok(Node::IsTruth(Box::new(self.condition(inner)?), *truth))
-            }
+            Kind::IsTruth(inner, truth) => Ok(Node::IsTruth(Box::new(self.condition(inner)?), *truth)),
             Kind::Not(inner) => Ok(negation(self.condition(inner)?)),
             Kind::And(parts) => Ok(Node::And(self.conditions(parts)?)),
             Kind::Or(parts) => Ok(Node::Or(self.conditions(parts)?)),
@@ -138,11 +117,7 @@ impl Planner<'_> {
             Kind::Number(digits) => operand::number(at, digits),
             Kind::Column(name) => {
                 let kind = self.column(at, name)?;
-                Ok(Operand::typed(
-                    at,
-                    Scalar::Column(name.as_str().into(), kind),
-                    kind,
-                ))
+                Ok(Operand::typed(at, Scalar::Column(name.as_str().into(), kind), kind))
             }
             Kind::Negated(inner) => self.operand(inner)?.negated(at),
             Kind::Cast(inner, kind) => self.operand(inner)?.cast(at, *kind),
@@ -153,11 +128,7 @@ impl Planner<'_> {
             }
             _ => {
                 let node = self.condition(syntax)?;
-                Ok(Operand::typed(
-                    at,
-                    Scalar::Truth(Box::new(node)),
-                    ColumnType::Bool,
-                ))
+                Ok(Operand::typed(at, Scalar::Truth(Box::new(node)), ColumnType::Bool))
             }
         }
     }
@@ -173,10 +144,7 @@ impl Planner<'_> {
     }
 
     fn unknown_column(&self, name: &str) -> String {
-        let folded = self
-            .columns
-            .iter()
-            .find(|column| column.name.eq_ignore_ascii_case(name));
+        let folded = self.columns.iter().find(|column| column.name.eq_ignore_ascii_case(name));
         match folded {
             Some(column) => format!(
                 "there is no column \"{name}\"; a name that is not all lower case is written in double quotes: \"{}\"",
@@ -231,12 +199,7 @@ impl Planner<'_> {
 
     /// Constants, if there are several, take their common type first and form a list (Postgres:
     /// `= ANY (array)`); everything else is compared one by one.
-    fn in_list(
-        &mut self,
-        at: usize,
-        item: &Syntax,
-        elements: &[Syntax],
-    ) -> Result<Node, FilterError> {
+    fn in_list(&mut self, at: usize, item: &Syntax, elements: &[Syntax]) -> Result<Node, FilterError> {
         let item = self.operand(item)?;
         let mut constants = Vec::new();
         let mut others = Vec::new();
@@ -249,11 +212,7 @@ impl Planner<'_> {
             }
         }
         let kinds = std::iter::once(&item).chain(&constants).map(Operand::kind);
-        let common = if constants.len() > 1 {
-            common_type(kinds)
-        } else {
-            None
-        };
+        let common = if constants.len() > 1 { common_type(kinds) } else { None };
         let mut parts = Vec::new();
         if let Some(common) = common {
             parts.push(operand::list(item.clone(), constants, common, at)?);
@@ -264,11 +223,7 @@ impl Planner<'_> {
             let (left, right) = operand::resolve(item.clone(), other, Comparison::Equal, at)?;
             parts.push(comparison_node(Comparison::Equal, left, right));
         }
-        Ok(if parts.len() == 1 {
-            parts.remove(0)
-        } else {
-            Node::Or(parts)
-        })
+        Ok(if parts.len() == 1 { parts.remove(0) } else { Node::Or(parts) })
     }
 
     fn like(
@@ -281,16 +236,11 @@ impl Planner<'_> {
     ) -> Result<Node, FilterError> {
         let item = self.operand(item)?.into_like_item(at)?;
         let pattern_at = pattern.at;
-        let mut pattern = self
-            .operand(pattern)?
-            .into_literal_text("the pattern of LIKE")?;
+        let mut pattern = self.operand(pattern)?.into_literal_text("the pattern of LIKE")?;
         let mut escape_character = Some('\\');
         if let Some(escape) = escape {
             let escape_at = escape.at;
-            match self
-                .operand(escape)?
-                .into_literal_text("the escape of LIKE")?
-            {
+            match self.operand(escape)?.into_literal_text("the escape of LIKE")? {
                 None => pattern = None,
                 Some(text) => {
                     let mut characters = text.chars();

@@ -131,10 +131,9 @@ pub(super) fn parse(parser: &mut Parser) -> Result<ColumnType, FilterError> {
             parser.position(),
             "a type takes no length or precision here; leave the parenthesis out".to_owned(),
         )),
-        Tok::Foreign(symbol) if symbol == "[" => Err(FilterError::new(
-            parser.position(),
-            "arrays are not part of the language of conditions".to_owned(),
-        )),
+        Tok::Foreign(symbol) if symbol == "[" => {
+            Err(FilterError::new(parser.position(), "arrays are not part of the language of conditions".to_owned()))
+        }
         _ => Ok(kind),
     }
 }
@@ -174,11 +173,7 @@ fn peek(parser: &Parser) -> Option<(ColumnType, usize)> {
         "character" if parser.is_word(1, "varying") => return Some((ColumnType::Text, 2)),
         "time" => return Some(zoned(parser, ColumnType::Time, ColumnType::TimeTz)),
         "timestamp" => {
-            return Some(zoned(
-                parser,
-                ColumnType::Timestamp,
-                ColumnType::TimestampTz,
-            ));
+            return Some(zoned(parser, ColumnType::Timestamp, ColumnType::TimestampTz));
         }
         _ => return None,
     };

@@ -149,8 +149,7 @@ fn compare_decimals(left: &Value<'_>, right: &Value<'_>) -> Option<Ordering> {
 
 /// Postgres's `float8` order: NaN equals NaN and is above infinity; the zeros are equal.
 fn compare_floats(left: f64, right: f64) -> Ordering {
-    left.partial_cmp(&right)
-        .unwrap_or_else(|| left.is_nan().cmp(&right.is_nan()))
+    left.partial_cmp(&right).unwrap_or_else(|| left.is_nan().cmp(&right.is_nan()))
 }
 
 /// A column's value from its JSON, which is not `null`. `None`: the JSON is not of this type (a
@@ -165,9 +164,7 @@ pub(super) fn from_json(kind: ColumnType, raw: &str) -> Option<Value<'_>> {
             _ => None,
         },
         ColumnType::Numeric => Decimal::parse(unquoted(raw)).ok().map(Value::Decimal),
-        ColumnType::Char => {
-            json::string_content(raw).map(|text| Value::Text(without_padding(text)))
-        }
+        ColumnType::Char => json::string_content(raw).map(|text| Value::Text(without_padding(text))),
         ColumnType::Json | ColumnType::Jsonb => Some(Value::Json),
         ColumnType::Other => None,
         _ => match json::string_content(raw) {
@@ -180,9 +177,7 @@ pub(super) fn from_json(kind: ColumnType, raw: &str) -> Option<Value<'_>> {
 
 /// Numbers come bare, `"NaN"` and the infinities as strings.
 fn unquoted(raw: &str) -> &str {
-    raw.strip_prefix('"')
-        .and_then(|rest| rest.strip_suffix('"'))
-        .unwrap_or(raw)
+    raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(raw)
 }
 
 /// Without trailing blanks, which do not count in comparisons of `character(n)`.
@@ -204,12 +199,8 @@ pub(super) fn read(kind: ColumnType, text: &str) -> Result<Value<'_>, Fault> {
         ColumnType::Text | ColumnType::Enum => Value::Text(Cow::Borrowed(text)),
         ColumnType::Char => Value::Text(without_padding(Cow::Borrowed(text))),
         ColumnType::Bool => Value::Bool(read_bool(trimmed)?),
-        ColumnType::Int2 => {
-            Value::Int(read_int(trimmed, i64::from(i16::MIN), i64::from(i16::MAX))?)
-        }
-        ColumnType::Int4 => {
-            Value::Int(read_int(trimmed, i64::from(i32::MIN), i64::from(i32::MAX))?)
-        }
+        ColumnType::Int2 => Value::Int(read_int(trimmed, i64::from(i16::MIN), i64::from(i16::MAX))?),
+        ColumnType::Int4 => Value::Int(read_int(trimmed, i64::from(i32::MIN), i64::from(i32::MAX))?),
         ColumnType::Int8 => Value::Int(read_int(trimmed, i64::MIN, i64::MAX)?),
         ColumnType::Numeric => Value::Decimal(Decimal::parse(trimmed)?),
         ColumnType::Float4 => Value::Float(read_float4(trimmed)?),
@@ -228,10 +219,7 @@ pub(super) fn read(kind: ColumnType, text: &str) -> Result<Value<'_>, Fault> {
 /// `boolin`: unambiguous beginnings of true, false, yes, no, and on, off, 1, 0.
 fn read_bool(text: &str) -> Result<bool, Fault> {
     let begins = |word: &str, least: usize| {
-        text.len() >= least
-            && word
-                .get(..text.len())
-                .is_some_and(|start| start.eq_ignore_ascii_case(text))
+        text.len() >= least && word.get(..text.len()).is_some_and(|start| start.eq_ignore_ascii_case(text))
     };
     if begins("true", 1) || begins("yes", 1) || begins("on", 2) || text == "1" {
         Ok(true)
@@ -255,21 +243,13 @@ fn read_int(text: &str, least: i64, greatest: i64) -> Result<i64, Fault> {
 
 fn read_float8(text: &str) -> Result<f64, Fault> {
     let value: f64 = text.parse().map_err(|_| Fault::Syntax)?;
-    if is_sound(text, value.is_infinite(), value == 0.0) {
-        Ok(value)
-    } else {
-        Err(Fault::Range)
-    }
+    if is_sound(text, value.is_infinite(), value == 0.0) { Ok(value) } else { Err(Fault::Range) }
 }
 
 /// Rounded once, to single precision, then widened without loss.
 pub(super) fn read_float4(text: &str) -> Result<f64, Fault> {
     let value: f32 = text.parse().map_err(|_| Fault::Syntax)?;
-    if is_sound(text, value.is_infinite(), value == 0.0) {
-        Ok(f64::from(value))
-    } else {
-        Err(Fault::Range)
-    }
+    if is_sound(text, value.is_infinite(), value == 0.0) { Ok(f64::from(value)) } else { Err(Fault::Range) }
 }
 
 /// Postgres refuses numbers that overflow to infinity or vanish to zero.
@@ -302,11 +282,7 @@ fn read_uuid(text: &str) -> Result<u128, Fault> {
         count += 1;
         hyphen_allowed = count % 4 == 0 && count < 32;
     }
-    if count == 32 {
-        Ok(value)
-    } else {
-        Err(Fault::Syntax)
-    }
+    if count == 32 { Ok(value) } else { Err(Fault::Syntax) }
 }
 
 #[cfg(test)]
@@ -321,10 +297,7 @@ mod tests {
     fn nan_is_equal_to_itself_and_above_infinity() {
         for kind in [ColumnType::Float4, ColumnType::Float8, ColumnType::Numeric] {
             assert_eq!(order(kind, "\"NaN\"", "\"NaN\""), Some(Ordering::Equal));
-            assert_eq!(
-                order(kind, "\"NaN\"", "\"Infinity\""),
-                Some(Ordering::Greater)
-            );
+            assert_eq!(order(kind, "\"NaN\"", "\"Infinity\""), Some(Ordering::Greater));
             assert_eq!(order(kind, "-0", "0"), Some(Ordering::Equal));
         }
     }

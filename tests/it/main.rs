@@ -1,1 +1,6 @@
 //! Integration tests: real Postgres, real nodes; a module for each promise.
+
+mod filter;
+mod migrations;
+mod private_server;
+mod support;
