@@ -436,8 +436,9 @@ fn in_list(dice: &mut Dice) -> String {
     let family = family(dice);
     let item = if dice.one_in(10) { literal(dice, family) } else { column(dice, family) };
     let count = 1 + dice.below(4);
-    let elements: Vec<_> =
-        (0..count).map(|_| if dice.one_in(8) && family.ordered { column(dice, family) } else { literal(dice, family) }).collect();
+    let elements: Vec<_> = (0..count)
+        .map(|_| if dice.one_in(8) && family.ordered { column(dice, family) } else { literal(dice, family) })
+        .collect();
     format!("{item} {} ({})", dice.pick(&["IN", "NOT IN"]), elements.join(", "))
 }
 
