@@ -4,11 +4,15 @@
 
 pub mod auth;
 pub mod backoff;
+pub mod cli;
+pub mod cluster;
 pub mod cursor;
 pub mod dev;
 pub mod event;
 pub mod feed;
 pub mod filter;
+pub mod follower;
+pub mod hub;
 pub mod lifecycle;
 pub mod log;
 pub mod postgres;
