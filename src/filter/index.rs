@@ -44,6 +44,8 @@ impl Borrow<[u8]> for IndexKey {
 pub struct IndexConjunct {
     /// The column.
     pub column: String,
+    /// Its type: what [`index_key_of`] is asked with.
+    pub kind: ColumnType,
     /// The row's key must be one of these. None at all (`column = NULL`): no row ever matches.
     pub keys: Vec<IndexKey>,
 }
@@ -83,7 +85,7 @@ fn collect(node: &Node, found: &mut Vec<(bool, IndexConjunct)>) {
     };
     let keys: Option<Vec<IndexKey>> = keys;
     if let Some(keys) = keys {
-        let conjunct = IndexConjunct { column: name.to_string(), keys };
+        let conjunct = IndexConjunct { column: name.to_string(), kind, keys };
         found.push((kind == ColumnType::Bool, conjunct));
     }
 }
