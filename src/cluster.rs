@@ -210,13 +210,13 @@ impl Cluster {
             self.beat().await;
             beats += 1;
             if beats.is_multiple_of(SWEEP_EVERY) {
-                let swept = timeout(HEARTBEAT_TIMEOUT, registry::sweep(&self.database.pool())).await;
+                let swept = timeout(HEARTBEAT_TIMEOUT, registry::sweep(self.database.pool())).await;
                 if let Ok(Err(error)) = swept {
                     tracing::debug!(%error, "what dead nodes left behind stays for now");
                 }
             }
         }
-        let _ = timeout(HEARTBEAT_TIMEOUT, registry::leave(&self.database.pool(), &self.identity)).await;
+        let _ = timeout(HEARTBEAT_TIMEOUT, registry::leave(self.database.pool(), &self.identity)).await;
     }
 
     async fn beat(&self) {

@@ -18,5 +18,6 @@ pub mod log;
 pub mod postgres;
 pub mod protocol;
 pub mod relay;
+pub mod schema;
 pub mod table_name;
 pub mod telemetry;

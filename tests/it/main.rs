@@ -4,4 +4,5 @@ mod auth;
 mod filter;
 mod migrations;
 mod private_server;
+mod schema;
 mod support;
