@@ -2,5 +2,6 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod client;
 pub mod cursor;
 pub mod protocol;
