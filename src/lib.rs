@@ -2,6 +2,13 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod backoff;
 pub mod client;
 pub mod cursor;
+pub mod dev;
+pub mod event;
+pub mod feed;
+pub mod lifecycle;
+pub mod postgres;
 pub mod protocol;
+pub mod telemetry;

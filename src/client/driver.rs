@@ -15,13 +15,14 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
 use url::Url;
 
+use crate::client::Shared;
 use crate::client::dial::{Credential, Socket, dial};
 use crate::client::error::{ClientError, Disconnect};
 use crate::client::frame::{self, Incoming};
 use crate::client::inbox::Inbox;
-use crate::client::machine::{Action, Delivery, Id, Machine, Next, WELCOME_TIMEOUT};
+use crate::client::delivery::Delivery;
+use crate::client::machine::{Action, Id, Machine, Next, WELCOME_TIMEOUT};
 use crate::client::requests::Token;
-use crate::client::Shared;
 use crate::cursor::Cursor;
 use crate::protocol::message::{ClientMessage, ServerMessage, Subscribe};
 
@@ -204,7 +205,7 @@ impl Driver {
                 return Ok(());
             }
         };
-        let incoming = frame::read(text).map_err(|error| End::Lost(Disconnect::Protocol(error.to_string())))?;
+        let incoming = frame::read(&text).map_err(|error| End::Lost(Disconnect::Protocol(error.to_string())))?;
         if let Incoming::Message(message) = &incoming
             && let ServerMessage::Pong { t: Some(t) } = &**message
             && let Some((since, reply)) = t.as_u64().and_then(|t| self.pings.remove(&t))
@@ -291,7 +292,8 @@ impl Driver {
 
     async fn send(&self, socket: &mut Socket, message: &ClientMessage) -> Result<bool, End> {
         // Only maps with keys that are no strings fail to serialize, and a message has none.
-        let text = serde_json::to_string(message).map_err(|error| End::Lost(Disconnect::Protocol(error.to_string())))?;
+        let text =
+            serde_json::to_string(message).map_err(|error| End::Lost(Disconnect::Protocol(error.to_string())))?;
         write(socket, Message::text(text)).await.map_err(End::Lost)?;
         Ok(false)
     }

@@ -107,7 +107,9 @@ impl Image {
     /// The columns in the server's order, each with its JSON text; empty when there is no value or it is no object.
     #[must_use]
     pub fn columns(&self) -> Vec<(String, Box<RawValue>)> {
-        self.text().and_then(|text| serde_json::from_str::<Columns>(text).ok()).map_or_else(Vec::new, |columns| columns.0)
+        self.text()
+            .and_then(|text| serde_json::from_str::<Columns>(text).ok())
+            .map_or_else(Vec::new, |columns| columns.0)
     }
 }
 

@@ -90,16 +90,16 @@ impl Frame {
 ///
 /// # Errors
 /// It is not JSON, or a known type with fields that are not the protocol's.
-pub(super) fn read(text: Utf8Bytes) -> Result<Incoming, serde_json::Error> {
-    if let Some((id, frame)) = quick(&text) {
+pub(super) fn read(text: &Utf8Bytes) -> Result<Incoming, serde_json::Error> {
+    if let Some((id, frame)) = quick(text) {
         return Ok(Incoming::Events { id, frame });
     }
-    if let Some((id, frame)) = whole(&text)? {
+    if let Some((id, frame)) = whole(text)? {
         return Ok(Incoming::Events { id, frame });
     }
-    match serde_json::from_str::<ServerMessage>(&text) {
+    match serde_json::from_str::<ServerMessage>(text) {
         Ok(message) => Ok(Incoming::Message(Box::new(message))),
-        Err(error) if is_known_type(&text) => Err(error),
+        Err(error) if is_known_type(text) => Err(error),
         Err(_) => Ok(Incoming::Unknown),
     }
 }
@@ -160,8 +160,17 @@ fn kind(text: &str) -> Result<Cow<'_, str>, serde_json::Error> {
 
 /// Whether `ServerMessage` has a variant for this text's type; serde tells an unknown variant only by its message.
 fn is_known_type(text: &str) -> bool {
-    const KNOWN: [&str; 9] =
-        ["welcome", "subscribed", "caught_up", "progress", "resync_required", "unsubscribed", "synced", "drain", "error"];
+    const KNOWN: [&str; 9] = [
+        "welcome",
+        "subscribed",
+        "caught_up",
+        "progress",
+        "resync_required",
+        "unsubscribed",
+        "synced",
+        "drain",
+        "error",
+    ];
     kind(text).map_or(true, |kind| kind == "pong" || KNOWN.contains(&kind.as_ref()))
 }
 
@@ -207,7 +216,7 @@ mod tests {
     }
 
     fn frame(text: String) -> (String, Frame) {
-        match read(text.into()).unwrap() {
+        match read(&text.into()).unwrap() {
             Incoming::Events { id, frame } => (id, frame),
             other => panic!("not events: {other:?}"),
         }
@@ -229,9 +238,15 @@ mod tests {
     fn any_order_of_fields_is_understood() {
         let events = format!("[{}]", event(2, "x"));
         for text in [
-            format!(r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","events":{events},"open":true}}"#),
-            format!(r#"{{"open":true,"events": {events} ,"cursor":"{CURSOR}","prev":"{PREV}","id":"\u0061","type":"events"}}"#),
-            format!(r#"{{"type":"events","id":"a","open":true,"prev":"{PREV}","cursor":"{CURSOR}","events":{events},"new":[1]}}"#),
+            format!(
+                r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","events":{events},"open":true}}"#
+            ),
+            format!(
+                r#"{{"open":true,"events": {events} ,"cursor":"{CURSOR}","prev":"{PREV}","id":"\u0061","type":"events"}}"#
+            ),
+            format!(
+                r#"{{"type":"events","id":"a","open":true,"prev":"{PREV}","cursor":"{CURSOR}","events":{events},"new":[1]}}"#
+            ),
         ] {
             let (id, frame) = frame(text);
             assert_eq!((id.as_str(), frame.open(), frame.parse().unwrap().len()), ("a", true, 1));
@@ -241,18 +256,19 @@ mod tests {
     #[test]
     fn a_field_behind_the_events_does_not_hide_them() {
         let events = format!("[{}]", event(2, "x"));
-        let (_, frame) =
-            frame(format!(r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","events":{events},"new":[1]}}"#));
+        let (_, frame) = frame(format!(
+            r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","events":{events},"new":[1]}}"#
+        ));
         assert_eq!(frame.parse().unwrap().len(), 1);
     }
 
     #[test]
     fn unknown_types_are_ignored_and_broken_known_ones_are_not() {
-        assert!(matches!(read(r#"{"type":"confetti","n":1}"#.into()), Ok(Incoming::Unknown)));
-        assert!(read(r#"{"type":"caught_up","id":"a"}"#.into()).is_err());
-        assert!(read(r#"{"type":"events","id":"a"}"#.into()).is_err());
-        assert!(read("nonsense".into()).is_err());
-        assert!(matches!(read(r#"{"type":"pong","t":1,"x":2}"#.into()), Ok(Incoming::Message(_))));
+        assert!(matches!(read(&r#"{"type":"confetti","n":1}"#.into()), Ok(Incoming::Unknown)));
+        assert!(read(&r#"{"type":"caught_up","id":"a"}"#.into()).is_err());
+        assert!(read(&r#"{"type":"events","id":"a"}"#.into()).is_err());
+        assert!(read(&"nonsense".into()).is_err());
+        assert!(matches!(read(&r#"{"type":"pong","t":1,"x":2}"#.into()), Ok(Incoming::Message(_))));
     }
 
     proptest! {
@@ -264,9 +280,9 @@ mod tests {
 
         #[test]
         fn arbitrary_text_never_panics(text in "\\PC*", tail in "\\PC*") {
-            let _ = read(text.into());
+            let _ = read(&text.into());
             let head = format!(r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","events":{tail}"#);
-            if let Ok(Incoming::Events { frame, .. }) = read(head.into()) {
+            if let Ok(Incoming::Events { frame, .. }) = read(&head.into()) {
                 let _ = (frame.count(), frame.parse());
             }
         }

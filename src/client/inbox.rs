@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::client::machine::Delivery;
+use crate::client::delivery::Delivery;
 use crate::cursor::Cursor;
 
 /// Deliveries that may wait; beyond it the connection is not read.
@@ -66,13 +66,13 @@ impl Inbox {
             return false;
         }
         state.ended = matches!(delivery, Delivery::Resync(_) | Delivery::End(_));
-        // News that a later one of its kind makes stale, so that silence and retries never fill the queue.
-        let stale = matches!(
+        // News that a later one of its kind outdates, so that silence and retries never fill the queue.
+        let outdated = matches!(
             (state.queue.back(), &delivery),
             (Some(Delivery::Progress(_)), Delivery::Progress(_))
                 | (Some(Delivery::Disconnected { .. }), Delivery::Disconnected { .. })
         );
-        if stale {
+        if outdated {
             state.queue.pop_back();
         }
         state.bytes += size(&delivery);

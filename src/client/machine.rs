@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::client::delivery::{Delivery, Resumed};
 use crate::client::error::{ClientError, Disconnect, mismatch};
 use crate::client::frame::{Frame, Incoming};
 use crate::client::requests::{Requests, Token};
@@ -33,34 +34,6 @@ const MAX_SUBSCRIBE_RETRIES: u32 = 10;
 
 /// A subscription's name on the wire.
 pub(super) type Id = Arc<str>;
-
-/// What a subscription is told.
-#[derive(Debug)]
-pub(super) enum Delivery {
-    Started { cursor: Cursor, source: Source },
-    Frame(Frame),
-    CaughtUp(Cursor),
-    Progress(Cursor),
-    Disconnected { cause: Disconnect, retry_in: Duration },
-    Resumed(Resumed),
-    Resync(crate::protocol::message::Resync),
-    End(ClientError),
-}
-
-/// A subscription goes on after a lost connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Resumed {
-    /// The position it goes on after.
-    pub from: Cursor,
-    /// Where the missed events come from; they are complete with the next `CaughtUp`.
-    pub source: Source,
-    /// How many attempts it took.
-    pub attempt: u32,
-    /// The node that serves now.
-    pub node: String,
-    /// How long the subscription was cut off.
-    pub away: Duration,
-}
 
 /// What the driver has to do.
 #[derive(Debug)]
@@ -462,8 +435,7 @@ impl Machine {
             }
             Link::Open { .. } => {
                 let due = |sub: &Sub| matches!(sub.phase, Phase::Waiting(Some(at)) if now >= at);
-                let due: Vec<Id> =
-                    self.subs.iter().filter(|(_, sub)| due(sub)).map(|(id, _)| id.clone()).collect();
+                let due: Vec<Id> = self.subs.iter().filter(|(_, sub)| due(sub)).map(|(id, _)| id.clone()).collect();
                 for id in due {
                     self.ask(&id);
                 }

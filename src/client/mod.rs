@@ -31,6 +31,7 @@
 //! One task owns the connection ([`Client`] and its [`Subscription`]s are handles); its protocol is a state machine
 //! without IO (`machine`). Every buffer is bounded: whoever reads slowly is served slowly, and by nobody else's memory.
 
+mod delivery;
 mod dial;
 mod driver;
 mod error;
@@ -51,20 +52,22 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
+pub use self::delivery::Resumed;
 pub use self::error::{ClientError, Disconnect};
 pub use self::event::{Event, Image, Op, Transition};
 pub use self::frame::Frame;
-pub use self::machine::Resumed;
+
 pub use self::options::{ConnectOptions, DEFAULT_ATTEMPTS, DEFAULT_READ_BUFFER_BYTES, Start, SubscribeOptions};
 pub use self::subscription::{Batch, Frames, Item, Subscription};
 pub use crate::cursor::Cursor;
 pub use crate::protocol::error::{ErrorCode, Retry, WireError};
 pub use crate::protocol::message::{Limits, Resync, ResyncReason, Source, Welcome, Window};
 
+use self::delivery::Delivery;
 use self::dial::Credential;
 use self::driver::{Command, Driver};
 use self::inbox::Inbox;
-use self::machine::{Delivery, Machine};
+use self::machine::Machine;
 
 /// Requests of the application that may wait for the task.
 const COMMAND_QUEUE: usize = 32;

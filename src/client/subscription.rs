@@ -11,7 +11,7 @@ use crate::client::error::{ClientError, Disconnect};
 use crate::client::event::Event;
 use crate::client::frame::Frame;
 use crate::client::inbox::Inbox;
-use crate::client::machine::{Delivery, Resumed};
+use crate::client::delivery::{Delivery, Resumed};
 use crate::cursor::Cursor;
 use crate::protocol::message::{Resync, Source};
 
@@ -240,9 +240,7 @@ impl Item<Frame> {
     /// The same news for the reader of parsed batches; an empty batch never occurs, frames are parsed before.
     fn without_batch(self) -> Item {
         match self {
-            Self::Batch(frame) => {
-                Item::Batch(Batch { events: Vec::new(), cursor: frame.cursor(), open: frame.open() })
-            }
+            Self::Batch(frame) => Item::Batch(Batch { events: Vec::new(), cursor: frame.cursor(), open: frame.open() }),
             Self::CaughtUp { cursor } => Item::CaughtUp { cursor },
             Self::Progress { cursor } => Item::Progress { cursor },
             Self::Disconnected { cause, retry_in } => Item::Disconnected { cause, retry_in },

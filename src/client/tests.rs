@@ -29,13 +29,20 @@ fn events(prev: u64, seqs: std::ops::RangeInclusive<u64>) -> String {
     };
     let last = cursor(*seqs.end());
     let list: Vec<_> = seqs.map(event).collect();
-    format!(r#"{{"type":"events","id":"s1","prev":"{}","cursor":"{last}","events":[{}]}}"#, cursor(prev), list.join(","))
+    format!(
+        r#"{{"type":"events","id":"s1","prev":"{}","cursor":"{last}","events":[{}]}}"#,
+        cursor(prev),
+        list.join(",")
+    )
 }
 
 fn at(kind: &str, seq: u64) -> String {
     match kind {
         "subscribed" => {
-            format!(r#"{{"type":"subscribed","id":"s1","cursor":"{}","recovered":true,"source":"memory"}}"#, cursor(seq))
+            format!(
+                r#"{{"type":"subscribed","id":"s1","cursor":"{}","recovered":true,"source":"memory"}}"#,
+                cursor(seq)
+            )
         }
         kind => format!(r#"{{"type":"{kind}","id":"s1","cursor":"{}"}}"#, cursor(seq)),
     }

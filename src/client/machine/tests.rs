@@ -29,7 +29,11 @@ fn progress(seq: u64) -> String {
 }
 
 fn events(prev: u64, last: u64) -> String {
-    format!(r#"{{"type":"events","id":"a","prev":"{}","cursor":"{}","events":[{{"seq":{last}}}]}}"#, cursor(prev), cursor(last))
+    format!(
+        r#"{{"type":"events","id":"a","prev":"{}","cursor":"{}","events":[{{"seq":{last}}}]}}"#,
+        cursor(prev),
+        cursor(last)
+    )
 }
 
 /// A machine with a script's convenience; the driver's part of handing out is played by `handed`.
@@ -60,7 +64,7 @@ impl Script {
     }
 
     fn say(&mut self, text: &str) -> Vec<Action> {
-        self.machine.message(frame::read(text.into()).unwrap(), self.now);
+        self.machine.message(frame::read(&text.into()).unwrap(), self.now);
         let actions = self.machine.take_actions();
         for action in &actions {
             let Action::Deliver(id, delivery) = action else { continue };
@@ -269,7 +273,8 @@ fn a_close_that_says_stop_is_final_and_its_error_tells_why() {
 #[test]
 fn a_resync_is_the_last_word_of_a_subscription() {
     let mut script = Script::live(5);
-    let text = r#"{"type":"resync_required","id":"a","reason":"table_dropped","oldest":null,"newest":null,"message":"m"}"#;
+    let text =
+        r#"{"type":"resync_required","id":"a","reason":"table_dropped","oldest":null,"newest":null,"message":"m"}"#;
     assert!(matches!(script.say(text)[..], [Action::Deliver(_, Delivery::Resync(_))]));
     assert!(script.say(&events(5, 6)).is_empty());
     script.lose(network(), 0.0);
@@ -320,7 +325,10 @@ fn a_sync_is_asked_again_on_the_next_connection() {
     assert!(matches!(script.machine.take_actions()[..], [Action::Send(ClientMessage::Sync { .. })]));
     script.lose(network(), 0.0);
     let actions = script.open();
-    assert!(matches!(actions[..], [Action::Send(ClientMessage::Subscribe(_)), Action::Send(ClientMessage::Sync { .. })]));
+    assert!(matches!(
+        actions[..],
+        [Action::Send(ClientMessage::Subscribe(_)), Action::Send(ClientMessage::Sync { .. })]
+    ));
     let answer = script.say(&format!(r#"{{"type":"synced","tx":"70","cursor":"{}"}}"#, cursor(8)));
     assert!(matches!(answer[..], [Action::Answer(1, Ok(at))] if at == cursor(8)));
 }

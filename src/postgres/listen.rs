@@ -1,0 +1,121 @@
+//! LISTEN, as messages that admit loss.
+//!
+//! [`Listener::next`] says [`Heard::Lost`] after every (re)connect, since whatever was sent in between is gone; the first
+//! thing that a listener ever says is therefore `Lost`, once its LISTEN is in force. Correct use: on `Lost`, read the
+//! truth; then trust what follows until the next `Lost`.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgListener;
+
+use super::{ConnectError, Database};
+use crate::backoff::Backoff;
+
+/// Longest wait between attempts to connect.
+const RECONNECT_CAP: Duration = Duration::from_secs(1);
+const RECONNECT_BASE: Duration = Duration::from_millis(50);
+
+/// What came in.
+#[derive(Debug)]
+pub enum Heard {
+    /// LISTEN is in force anew; anything may have been missed.
+    Lost,
+    /// A notification.
+    Notification {
+        /// Its channel.
+        channel: String,
+        /// Backend that sent it.
+        pid: u32,
+        /// What it says.
+        payload: String,
+    },
+}
+
+/// One LISTEN connection that mends itself.
+#[derive(Debug)]
+pub struct Listener<'a> {
+    database: &'a Database,
+    channels: &'static [&'static str],
+    live: Option<PgListener>,
+    backoff: Backoff,
+}
+
+impl<'a> Listener<'a> {
+    /// Prepares to listen.
+    #[must_use]
+    pub fn new(database: &'a Database, channels: &'static [&'static str]) -> Self {
+        Self { database, channels, live: None, backoff: Backoff::new(RECONNECT_BASE, RECONNECT_CAP) }
+    }
+
+    /// Whether LISTEN is in force, as far as we know.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.live.is_some()
+    }
+
+    /// Lets go of the connection: the next call of [`Listener::next`] makes another.
+    pub fn drop_connection(&mut self) {
+        self.live = None;
+    }
+
+    /// What is already here, without waiting.
+    pub fn buffered(&mut self) -> Option<Heard> {
+        self.live.as_mut()?.next_buffered().map(heard)
+    }
+
+    /// The next message. Safe to cancel: a notification that was received stays in the connection's buffer.
+    ///
+    /// # Errors
+    /// One failed attempt to connect, after its back-off; call again.
+    pub async fn next(&mut self) -> Result<Heard, ConnectError> {
+        let Some(live) = self.live.as_mut() else {
+            return self.connect().await;
+        };
+        match live.try_recv().await {
+            Ok(Some(notification)) => Ok(heard(notification)),
+            // It reconnects by itself after None, but a fresh one costs the same and is in a known state.
+            Ok(None) | Err(_) => {
+                self.live = None;
+                self.connect().await
+            }
+        }
+    }
+
+    async fn connect(&mut self) -> Result<Heard, ConnectError> {
+        if self.backoff.attempts() > 0 {
+            tokio::time::sleep(self.backoff.next_wait(rand::random())).await;
+        }
+        match self.open().await {
+            Ok(live) => {
+                self.live = Some(live);
+                self.backoff.reset();
+                Ok(Heard::Lost)
+            }
+            Err(error) => {
+                let _ = self.backoff.next_wait(0.0);
+                Err(error)
+            }
+        }
+    }
+
+    async fn open(&self) -> Result<PgListener, ConnectError> {
+        let open = async {
+            let pool = self.database.listen_pool().await?;
+            let mut live = PgListener::connect_with(&pool).await.map_err(ConnectError::Unreachable)?;
+            live.eager_reconnect(false);
+            live.ignore_pool_close_event(true);
+            live.listen_all(self.channels.iter().copied()).await.map_err(ConnectError::Unreachable)?;
+            Ok(live)
+        };
+        let timed_out = |_| ConnectError::Unreachable(super::timed_out());
+        tokio::time::timeout(super::CONNECT_TIMEOUT * 2, open).await.map_err(timed_out)?
+    }
+}
+
+fn heard(notification: sqlx::postgres::PgNotification) -> Heard {
+    Heard::Notification {
+        channel: notification.channel().to_owned(),
+        pid: notification.process_id(),
+        payload: notification.payload().to_owned(),
+    }
+}

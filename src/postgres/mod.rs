@@ -1,0 +1,211 @@
+//! Connections to Postgres: the pool, connections of one's own, and which server this is.
+//!
+//! `database_url` may name several hosts; the first that is not in recovery is the primary. Whatever connects says which
+//! incarnation of the database it found ([`Incarnation`]); an older timeline than one seen before is refused, a
+//! different one is announced, so that the follower can hold delivery until the log's epoch is known.
+//!
+//! A cancelled `Pool::begin` poisons the pooled connection (sqlx 0.9.0), so nothing here or above calls it: statements
+//! through the pool are single ones, and whoever needs a transaction owns its connection.
+
+pub mod identity;
+pub mod listen;
+pub mod migrate;
+pub mod settings;
+pub mod url;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::{ConnectOptions as _, Connection as _};
+use tokio::sync::watch;
+
+pub use identity::{Identity, Incarnation};
+
+/// How long one connection attempt may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a statement may wait for a pooled connection.
+pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A pooled session left idle inside a transaction by a bug frees its locks after this.
+const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
+/// No statement of a node's own runs longer.
+const STATEMENT_TIMEOUT: &str = "15s";
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Not a URL that names a Postgres.
+    #[error("{0}")]
+    Url(#[from] url::UrlError),
+    /// No host answered.
+    #[error("no Postgres reached: {0}")]
+    Unreachable(#[source] sqlx::Error),
+    /// Every host that answered is a standby.
+    #[error("every host in database_url is in recovery (a standby); the primary must be among them")]
+    OnlyStandbys,
+    /// The database's timeline is older than the one already seen: an old primary came back.
+    #[error("this database is on timeline {found}, but timeline {seen} was seen already: an old primary that must be fenced")]
+    OldPrimary {
+        /// The timeline seen before.
+        seen: u32,
+        /// That of this connection.
+        found: u32,
+    },
+    /// Older than what is supported.
+    #[error("this is Postgres {0}; Tidewire needs version 14 or later")]
+    TooOld(i32),
+    /// Behind a transaction pooler.
+    #[error("database_url goes through a transaction pooler ({0}); LISTEN and session locks need a direct connection: give the pooler's URL as --pooled-url and the server's own as --database-url")]
+    Pooler(&'static str),
+}
+
+/// The node's way to its database.
+#[derive(Debug)]
+pub struct Database {
+    hosts: Vec<PgConnectOptions>,
+    pooled: Option<PgConnectOptions>,
+    size: u32,
+    pool: ArcSwap<PgPool>,
+    identity: Arc<Identity>,
+}
+
+impl Database {
+    /// Prepares connections; connects to nothing yet. `size` bounds the pool.
+    ///
+    /// # Errors
+    /// [`ConnectError::Url`].
+    pub fn new(database_url: &str, pooled_url: Option<&str>, node: &str, size: u32) -> Result<Self, ConnectError> {
+        let name = |options: PgConnectOptions| {
+            options.application_name(&format!("tidewire {node}")).disable_statement_logging()
+        };
+        let hosts: Vec<_> = url::hosts(database_url)?.into_iter().map(name).collect();
+        let pooled = match pooled_url {
+            // Prepared statements do not survive a transaction pooler.
+            Some(text) => url::hosts(text)?.into_iter().next().map(|options| name(options).statement_cache_capacity(0)),
+            None => None,
+        };
+        let identity = Arc::new(Identity::default());
+        let first = pooled.clone().or_else(|| hosts.first().cloned()).ok_or(url::UrlError::NoHost)?;
+        let pool = ArcSwap::from_pointee(pool(first, size, Arc::clone(&identity)));
+        Ok(Self { hosts, pooled, size, pool, identity })
+    }
+
+    /// The pool for single statements.
+    #[must_use]
+    pub fn pool(&self) -> PgPool {
+        PgPool::clone(&self.pool.load())
+    }
+
+    /// Which database the connections have found so far.
+    #[must_use]
+    pub fn incarnation(&self) -> watch::Receiver<Option<Incarnation>> {
+        self.identity.watch()
+    }
+
+    /// Finds the primary and opens a connection of one's own to it.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect(&self) -> Result<(PgConnection, Incarnation), ConnectError> {
+        self.find(true).await.map(|(connection, incarnation, _)| (connection, incarnation))
+    }
+
+    async fn find(&self, observe: bool) -> Result<(PgConnection, Incarnation, PgConnectOptions), ConnectError> {
+        let mut failure = ConnectError::OnlyStandbys;
+        for options in &self.hosts {
+            let attempt = async {
+                let mut connection = PgConnection::connect_with(options).await?;
+                let found = identity::ask(&mut connection).await?;
+                Ok::<_, sqlx::Error>((connection, found))
+            };
+            match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
+                Ok(Ok((connection, Some(incarnation)))) => {
+                    if observe {
+                        self.identity.observe(&incarnation)?;
+                    }
+                    return Ok((connection, incarnation, options.clone()));
+                }
+                Ok(Ok((_, None))) => {}
+                Ok(Err(error)) => failure = ConnectError::Unreachable(error),
+                Err(_) => failure = ConnectError::Unreachable(timed_out()),
+            }
+        }
+        Err(failure)
+    }
+
+    /// Points the pool at the primary of this moment and drops every pooled connection made before.
+    ///
+    /// # Errors
+    /// [`ConnectError`] when there is no primary; the pool is left alone then.
+    pub async fn renew(&self) -> Result<(), ConnectError> {
+        let (connection, _, options) = self.find(true).await?;
+        let fresh = pool(self.pooled.clone().unwrap_or(options), self.size, Arc::clone(&self.identity));
+        let old = self.pool.swap(Arc::new(fresh));
+        // Waits for connections in use, at most as long as a statement may run; in the background of this call's future.
+        let _ = tokio::time::timeout(CONNECT_TIMEOUT, old.close()).await;
+        let _ = connection.close().await;
+        Ok(())
+    }
+
+    /// A pool of one direct connection, for `LISTEN`.
+    pub(crate) async fn listen_pool(&self) -> Result<PgPool, ConnectError> {
+        let (connection, _, options) = self.find(true).await?;
+        let _ = connection.close().await;
+        PgPoolOptions::new()
+            .max_connections(1)
+            .max_lifetime(None)
+            .idle_timeout(None)
+            .acquire_timeout(CONNECT_TIMEOUT)
+            .connect_with(options)
+            .await
+            .map_err(ConnectError::Unreachable)
+    }
+
+    /// Refuses a server that is too old and a transaction pooler on the direct URL.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn probe(&self) -> Result<(), ConnectError> {
+        let (mut connection, _) = self.connect().await?;
+        let version = identity::version(&mut connection).await.map_err(ConnectError::Unreachable)?;
+        if version < 140_000 {
+            return Err(ConnectError::TooOld(version / 10_000));
+        }
+        identity::refuse_pooler(&mut connection).await?;
+        let _ = connection.close().await;
+        Ok(())
+    }
+}
+
+fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(size)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .idle_timeout(Duration::from_secs(300))
+        .max_lifetime(Duration::from_secs(1800))
+        .after_connect(move |connection, _| {
+            let identity = Arc::clone(&identity);
+            Box::pin(async move {
+                match identity::ask(connection).await? {
+                    Some(found) => identity.observe(&found).map_err(|error| sqlx::Error::Configuration(error.into()))?,
+                    None => return Err(sqlx::Error::Configuration(ConnectError::OnlyStandbys.into())),
+                }
+                sqlx::query(
+                    "SELECT set_config('statement_timeout', $1, false),
+                            set_config('idle_in_transaction_session_timeout', $2, false),
+                            set_config('tcp_user_timeout', '5s', false)",
+                )
+                .bind(STATEMENT_TIMEOUT)
+                .bind(IDLE_IN_TRANSACTION_TIMEOUT)
+                .execute(&mut *connection)
+                .await?;
+                Ok(())
+            })
+        })
+        .connect_lazy_with(options)
+}
+
+fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time"))
+}

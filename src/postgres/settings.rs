@@ -1,0 +1,57 @@
+//! What the leader sets on its session, and why. All are settings that an unprivileged role may change.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgConnection;
+
+/// Makes a session fit for the leader: it dies by itself when we fall silent, and its plans do not depend on statistics.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn lead(connection: &mut PgConnection, lease: Duration) -> Result<(), sqlx::Error> {
+    let lease = format!("{}ms", lease.as_millis());
+    // Each of the first six covers a hole that the others leave (notes of the design, "how fast does the server notice").
+    // synchronous_commit: the cluster's stronger setting stays, `off` and `local` would show what a crash can take back.
+    // jit compiles every claim once an estimate crosses its threshold; the scan settings keep the claim on its indexes
+    // whatever autovacuum last believed about a table that is empty most of the time.
+    sqlx::query(
+        "SELECT set_config('idle_session_timeout', $1, false),
+                set_config('idle_in_transaction_session_timeout', $1, false),
+                set_config('tcp_user_timeout', $1, false),
+                set_config('tcp_keepalives_idle', '1', false),
+                set_config('tcp_keepalives_interval', '1', false),
+                set_config('tcp_keepalives_count', '2', false),
+                set_config('client_connection_check_interval', '500ms', false),
+                set_config('statement_timeout', '10s', false),
+                set_config('lock_timeout', '2s', false),
+                set_config('synchronous_commit',
+                    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
+                         ELSE current_setting('synchronous_commit') END, false),
+                set_config('jit', 'off', false),
+                set_config('enable_seqscan', 'off', false),
+                set_config('enable_bitmapscan', 'off', false),
+                set_config('plan_cache_mode', 'force_generic_plan', false),
+                set_config('work_mem', '64MB', false),
+                set_config('timezone', 'UTC', false)",
+    )
+    .bind(lease)
+    .persistent(false)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Makes a session fit for announcing: nothing that it commits needs to survive a crash.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn announce(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "SELECT set_config('synchronous_commit', 'off', false), set_config('statement_timeout', '5s', false),
+                set_config('tcp_user_timeout', '5s', false), set_config('client_connection_check_interval', '1s', false)",
+    )
+    .persistent(false)
+    .execute(connection)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,4 @@
+//! What the operator sees: metrics as a value each node owns, logs, traces.
+
+pub mod metrics;
+pub mod tracing;
