@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::backoff::Backoff;
 use crate::client::delivery::{Delivery, Resumed};
 use crate::client::error::{ClientError, Disconnect, mismatch};
 use crate::client::frame::{Frame, Incoming};
@@ -20,7 +21,7 @@ use crate::protocol::error::{ErrorCode, Retry, WireError};
 use crate::protocol::message::{ClientMessage, From as WireFrom, ServerMessage, Source, Subscribe, Welcome};
 
 /// The longest wait between attempts, by protocol.
-pub(super) const MAX_BACKOFF: Duration = Duration::from_secs(30);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// The first attempt's longest wait, by protocol; it doubles with each.
 const BASE_BACKOFF: Duration = Duration::from_millis(500);
 /// A server cannot make a client wait longer than this by `Retry-After` or `retry_after_ms`.
@@ -75,7 +76,7 @@ struct Sub {
     phase: Phase,
     held: Option<Cursor>,
     lost_at: Option<Instant>,
-    retries: u32,
+    retries: Backoff,
 }
 
 #[derive(Debug)]
@@ -89,7 +90,8 @@ enum Link {
 #[derive(Debug)]
 pub(super) struct Machine {
     attempts: Option<u32>,
-    failures: u32,
+    /// Counts the attempts without progress.
+    backoff: Backoff,
     welcomed: bool,
     link: Link,
     subs: BTreeMap<Id, Sub>,
@@ -103,7 +105,7 @@ impl Machine {
     pub(super) fn new(attempts: Option<u32>) -> Self {
         Self {
             attempts,
-            failures: 0,
+            backoff: new_backoff(),
             welcomed: false,
             link: Link::Down,
             subs: BTreeMap::new(),
@@ -138,7 +140,7 @@ impl Machine {
             return Err(ClientError::DuplicateId(request.id));
         }
         let id: Id = request.id.as_str().into();
-        let sub = Sub { request, phase: Phase::Waiting(None), held: None, lost_at: None, retries: 0 };
+        let sub = Sub { request, phase: Phase::Waiting(None), held: None, lost_at: None, retries: new_backoff() };
         self.subs.insert(id.clone(), sub);
         self.ask(&id);
         Ok(())
@@ -247,7 +249,7 @@ impl Machine {
         self.welcomed = true;
         self.link = Link::Open { welcome, heard: now, paused: false, slot: None };
         if self.subs.is_empty() {
-            self.failures = 0;
+            self.backoff.reset();
         }
         let ids: Vec<Id> = self.subs.keys().cloned().collect();
         for id in ids {
@@ -278,13 +280,13 @@ impl Machine {
 
     fn subscribed(&mut self, id: &str, cursor: Option<Cursor>, source: Source, now: Instant) {
         let node = self.welcome().map_or_else(String::new, |welcome| welcome.node.clone());
-        let attempt = self.failures;
+        let attempt = self.backoff.attempts();
         let Some(sub) = self.subs.get_mut(id).filter(|sub| sub.phase == Phase::Asked) else { return };
         let Some(cursor) = cursor else {
             return self.leave(Disconnect::Protocol("`subscribed` without a cursor".into()));
         };
         sub.phase = Phase::CatchingUp;
-        sub.retries = 0;
+        sub.retries.reset();
         let delivery = match (sub.held, sub.lost_at.take()) {
             (Some(held), _) if held != cursor => return self.leave(mismatch(id, Some(held), Some(cursor))),
             (Some(held), Some(lost_at)) => {
@@ -307,7 +309,7 @@ impl Machine {
             return self.leave(cause);
         }
         sub.held = Some(frame.cursor());
-        self.failures = 0;
+        self.backoff.reset();
         self.deliver(id, Delivery::Frame(frame));
     }
 
@@ -323,7 +325,7 @@ impl Machine {
             return false;
         }
         sub.held = Some(cursor);
-        self.failures = 0;
+        self.backoff.reset();
         true
     }
 
@@ -341,15 +343,17 @@ impl Machine {
             return;
         };
         let Some(sub) = self.subs.get_mut(id.as_str()) else { return };
-        sub.retries += 1;
-        let again = matches!(error.retry, Retry::Now | Retry::Backoff) && sub.retries <= MAX_SUBSCRIBE_RETRIES;
+        let may = sub.retries.attempts() < MAX_SUBSCRIBE_RETRIES;
+        let again = may && matches!(error.retry, Retry::Now | Retry::Backoff);
+        // No jitter: the connections' own wait has spread them, and this one stays.
+        let wait = sub.retries.next_wait(1.0);
         if sub.phase == Phase::Leaving || !again {
             return self.end(&id, Delivery::End(ClientError::Refused(error)));
         }
         let wait = match (error.retry, error.retry_after_ms) {
             (Retry::Now, None) => Duration::ZERO,
             (_, Some(ms)) => Duration::from_millis(ms).min(MAX_RETRY_AFTER),
-            (_, None) => ceiling(sub.retries - 1),
+            (_, None) => wait,
         };
         sub.phase = Phase::Waiting(Some(now + wait));
     }
@@ -364,12 +368,13 @@ impl Machine {
             self.out.push(Action::GiveUp(error));
             return Next::Stop;
         }
-        let wait = if drained { Duration::ZERO } else { jitter(self.failures, dice) };
+        let jitter = self.backoff.next_wait(dice);
+        let wait = if drained { Duration::ZERO } else { jitter };
         let wait = wait.max(cause.retry_after().unwrap_or_default().min(MAX_RETRY_AFTER));
-        self.failures += 1;
+        let attempts = self.backoff.attempts();
         let first = if self.welcomed { u32::MAX } else { FIRST_ATTEMPTS };
-        if self.failures > self.attempts.unwrap_or(u32::MAX).min(first) {
-            self.out.push(Action::GiveUp(ClientError::GaveUp { attempts: self.failures, last: cause }));
+        if attempts > self.attempts.unwrap_or(u32::MAX).min(first) {
+            self.out.push(Action::GiveUp(ClientError::GaveUp { attempts, last: cause }));
             return Next::Stop;
         }
         for (id, sub) in &mut self.subs {
@@ -475,14 +480,9 @@ impl Machine {
     }
 }
 
-/// The longest wait before attempt `n` (from 0): min(30 s, 0.5·2ⁿ s).
-fn ceiling(n: u32) -> Duration {
-    BASE_BACKOFF.saturating_mul(1u32.checked_shl(n).unwrap_or(u32::MAX)).min(MAX_BACKOFF)
-}
-
-/// Full jitter below [`ceiling`].
-fn jitter(n: u32, dice: f64) -> Duration {
-    ceiling(n).mul_f64(dice.clamp(0.0, 1.0))
+/// By protocol: 0..min(30 s, 0.5·2ⁿ s).
+const fn new_backoff() -> Backoff {
+    Backoff::new(BASE_BACKOFF, MAX_BACKOFF)
 }
 
 #[cfg(test)]

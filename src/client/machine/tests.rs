@@ -353,7 +353,7 @@ proptest! {
                 2 => run.say(&progress(a)),
                 3 => run.say(&caught_up(a)),
                 4 => run.say(&subscribed(a)),
-                5 => { run.lose(network(), 0.0); run.machine.failures = 0; run.open() }
+                5 => { run.lose(network(), 0.0); run.machine.backoff.reset(); run.open() }
                 _ => run.say(r#"{"type":"error","id":"a","code":"unavailable","message":"m","retry":"now"}"#),
             };
             for action in actions {
@@ -368,7 +368,7 @@ proptest! {
                         at = cursor;
                     }
                     Action::Deliver(_, Delivery::Resumed(resumed)) => prop_assert_eq!(resumed.from, at),
-                    Action::Leave(_) => { run.lose(network(), 0.0); run.machine.failures = 0; run.open(); }
+                    Action::Leave(_) => { run.lose(network(), 0.0); run.machine.backoff.reset(); run.open(); }
                     _ => {}
                 }
             }
