@@ -22,6 +22,9 @@ BEGIN
         END;
     END LOOP;
 
+    IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'tidewire_app') THEN
+        GRANT USAGE ON SCHEMA tidewire TO tidewire_app;
+    END IF;
     IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'tidewire_owner') THEN
         BEGIN
             -- From version 16 the creator of a role may grant it to itself, but is not a member by itself.

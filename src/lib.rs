@@ -2,6 +2,7 @@
 //!
 //! `docs/ARCHITECTURE.md` draws the house; each module's head says what lives there.
 
+pub mod auth;
 pub mod backoff;
 pub mod client;
 pub mod cursor;
@@ -9,6 +10,9 @@ pub mod dev;
 pub mod event;
 pub mod feed;
 pub mod lifecycle;
+pub mod log;
 pub mod postgres;
 pub mod protocol;
+pub mod relay;
+pub mod table_name;
 pub mod telemetry;

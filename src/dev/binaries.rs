@@ -125,7 +125,8 @@ fn probe(folder: &Path, account: Account) -> Result<Binaries, String> {
     for program in ["initdb", "postgres"] {
         let mut command = Command::new(folder.join(program));
         account.apply(&mut command, Path::new("/"));
-        let output = command.arg("--version").output().map_err(|error| format!("`{program}` does not start: {error}"))?;
+        let output =
+            command.arg("--version").output().map_err(|error| format!("`{program}` does not start: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         major = major_version(&text).ok_or_else(|| {
             format!("`{program} --version` failed: {}", String::from_utf8_lossy(&output.stderr).trim())
@@ -201,7 +202,8 @@ async fn fetch(staging: &Path) -> Result<PathBuf, String> {
         temporary: false,
         ..Settings::default()
     });
-    let bar = ProgressBar::new_spinner().with_message(format!("fetching Postgres {FETCHED_VERSION} (once, about 12 MB)"));
+    let bar =
+        ProgressBar::new_spinner().with_message(format!("fetching Postgres {FETCHED_VERSION} (once, about 12 MB)"));
     if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
         bar.set_style(style);
     }

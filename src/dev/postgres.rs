@@ -127,8 +127,7 @@ impl PrivateServer {
             Profile::Durable => Some(password(folder.path()).map_err(ServerError::Folder)?),
             Profile::Fast => None,
         };
-        let mut server =
-            Self { process: Process::none(), folder, account, binaries, options, port: 0, password };
+        let mut server = Self { process: Process::none(), folder, account, binaries, options, port: 0, password };
         server.initialise().await?;
         server.launch_anywhere().await?;
         Ok(server)

@@ -85,7 +85,10 @@ pub(super) async fn refuse_pooler(connection: &mut PgConnection) -> Result<(), C
         let key: i64 = rand::random();
         sqlx::query("SELECT pg_advisory_lock($1)").bind(key).execute(&mut *connection).await?;
         let first: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
-        sqlx::query("SELECT set_config('tidewire.probe', $1, false)").bind(key.to_string()).execute(&mut *connection).await?;
+        sqlx::query("SELECT set_config('tidewire.probe', $1, false)")
+            .bind(key.to_string())
+            .execute(&mut *connection)
+            .await?;
         let second: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
         let kept: Option<String> =
             sqlx::query_scalar("SELECT current_setting('tidewire.probe', true)").fetch_one(&mut *connection).await?;

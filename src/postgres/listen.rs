@@ -119,3 +119,34 @@ fn heard(notification: sqlx::postgres::PgNotification) -> Heard {
         payload: notification.payload().to_owned(),
     }
 }
+
+/// Coalesced hints that arrive on the node's LISTEN connection, for whoever waits for them. A hint that comes while
+/// nobody waits is kept (one of each kind).
+#[derive(Debug, Default)]
+pub struct Wakeups {
+    /// A writer found the relay parked.
+    pub outbox: tokio::sync::Notify,
+    /// A leader resigned.
+    pub leadership: tokio::sync::Notify,
+    /// The set of tracked tables, or one of them, changed.
+    pub schema: tokio::sync::Notify,
+    listening: std::sync::atomic::AtomicBool,
+}
+
+impl Wakeups {
+    /// Whether hints can arrive at all: while not, nobody may rely on being woken.
+    #[must_use]
+    pub fn listening(&self) -> bool {
+        self.listening.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Says whether LISTEN is in force. When it comes back, everything may have been missed: all are woken.
+    pub fn set_listening(&self, listening: bool) {
+        self.listening.store(listening, std::sync::atomic::Ordering::Release);
+        if listening {
+            self.outbox.notify_one();
+            self.leadership.notify_one();
+            self.schema.notify_one();
+        }
+    }
+}

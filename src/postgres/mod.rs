@@ -9,7 +9,6 @@
 
 pub mod identity;
 pub mod listen;
-pub mod migrate;
 pub mod settings;
 pub mod url;
 
@@ -45,7 +44,9 @@ pub enum ConnectError {
     #[error("every host in database_url is in recovery (a standby); the primary must be among them")]
     OnlyStandbys,
     /// The database's timeline is older than the one already seen: an old primary came back.
-    #[error("this database is on timeline {found}, but timeline {seen} was seen already: an old primary that must be fenced")]
+    #[error(
+        "this database is on timeline {found}, but timeline {seen} was seen already: an old primary that must be fenced"
+    )]
     OldPrimary {
         /// The timeline seen before.
         seen: u32,
@@ -56,7 +57,9 @@ pub enum ConnectError {
     #[error("this is Postgres {0}; Tidewire needs version 14 or later")]
     TooOld(i32),
     /// Behind a transaction pooler.
-    #[error("database_url goes through a transaction pooler ({0}); LISTEN and session locks need a direct connection: give the pooler's URL as --pooled-url and the server's own as --database-url")]
+    #[error(
+        "database_url goes through a transaction pooler ({0}); LISTEN and session locks need a direct connection: give the pooler's URL as --pooled-url and the server's own as --database-url"
+    )]
     Pooler(&'static str),
 }
 
@@ -188,7 +191,9 @@ fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool
             let identity = Arc::clone(&identity);
             Box::pin(async move {
                 match identity::ask(connection).await? {
-                    Some(found) => identity.observe(&found).map_err(|error| sqlx::Error::Configuration(error.into()))?,
+                    Some(found) => {
+                        identity.observe(&found).map_err(|error| sqlx::Error::Configuration(error.into()))?
+                    }
                     None => return Err(sqlx::Error::Configuration(ConnectError::OnlyStandbys.into())),
                 }
                 sqlx::query(

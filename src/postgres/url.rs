@@ -16,7 +16,9 @@ pub enum UrlError {
     #[error("database_url names no host")]
     NoHost,
     /// sqlx refused a part.
-    #[error("database_url is malformed; the form is postgres://user:password@host:port[,host:port…]/database?options (percent-encode special characters)")]
+    #[error(
+        "database_url is malformed; the form is postgres://user:password@host:port[,host:port…]/database?options (percent-encode special characters)"
+    )]
     Malformed,
 }
 
@@ -25,10 +27,7 @@ pub enum UrlError {
 /// # Errors
 /// [`UrlError`].
 pub fn hosts(text: &str) -> Result<Vec<PgConnectOptions>, UrlError> {
-    split(text)?
-        .iter()
-        .map(|one| PgConnectOptions::from_str(one).map_err(|_| UrlError::Malformed))
-        .collect()
+    split(text)?.iter().map(|one| PgConnectOptions::from_str(one).map_err(|_| UrlError::Malformed)).collect()
 }
 
 fn split(text: &str) -> Result<Vec<String>, UrlError> {
@@ -46,7 +45,11 @@ fn split(text: &str) -> Result<Vec<String>, UrlError> {
     let tail = without_parameter(tail, "target_session_attrs");
     if list.is_empty() {
         // A Unix socket: the host stands in the query.
-        return if tail.contains("host=") { Ok(vec![format!("{scheme}://{credentials}{tail}")]) } else { Err(UrlError::NoHost) };
+        return if tail.contains("host=") {
+            Ok(vec![format!("{scheme}://{credentials}{tail}")])
+        } else {
+            Err(UrlError::NoHost)
+        };
     }
     Ok(list.split(',').map(|host| format!("{scheme}://{credentials}{host}{tail}")).collect())
 }

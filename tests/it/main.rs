@@ -1,4 +1,5 @@
 //! Integration tests: real Postgres, real nodes; a module for each promise.
 
+mod migrations;
 mod private_server;
 mod support;

@@ -152,10 +152,7 @@ impl Drop for TestDatabase {
 }
 
 async fn migrate(pool: &PgPool) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
-    if folder.exists() {
-        sqlx::migrate::Migrator::new(folder).await.unwrap().run(pool).await.expect("migrate the template");
-    }
+    tidewire::postgres::migrate::migrate(&pool.connect_options()).await.expect("migrate the template");
 }
 
 async fn run(connection: &mut PgConnection, sql: String) {
