@@ -16,11 +16,11 @@ use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
 use url::Url;
 
 use crate::client::Shared;
+use crate::client::delivery::Delivery;
 use crate::client::dial::{Credential, Socket, dial};
 use crate::client::error::{ClientError, Disconnect};
 use crate::client::frame::{self, Incoming};
 use crate::client::inbox::Inbox;
-use crate::client::delivery::Delivery;
 use crate::client::machine::{Action, Id, Machine, Next, WELCOME_TIMEOUT};
 use crate::client::requests::Token;
 use crate::cursor::Cursor;

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use futures_util::Stream;
 
+use crate::client::delivery::{Delivery, Resumed};
 use crate::client::error::{ClientError, Disconnect};
 use crate::client::event::Event;
 use crate::client::frame::Frame;
 use crate::client::inbox::Inbox;
-use crate::client::delivery::{Delivery, Resumed};
 use crate::cursor::Cursor;
 use crate::protocol::message::{Resync, Source};
 
