@@ -4,6 +4,7 @@
 
 pub mod auth;
 pub mod backoff;
+pub mod cli;
 pub mod client;
 pub mod cursor;
 pub mod dev;
