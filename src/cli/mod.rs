@@ -1,4 +1,5 @@
 //! The commands of the `tidewire` program: each parses its arguments, asks the rooms below, and tells a person or, with
 //! `--json`, a program. They decide nothing.
 
+pub mod bench;
 pub mod tail;
