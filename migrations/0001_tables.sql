@@ -158,7 +158,8 @@ CREATE TABLE tidewire.nodes (
 -- A reflection of the capture triggers, which are the truth; written by tidewire.track() and tidewire.refresh_tracked().
 CREATE TABLE tidewire.tracked_tables (
     relid          oid         PRIMARY KEY,
-    table_name     text        NOT NULL UNIQUE,
+    -- Deferrable, so that two tables may swap names in one statement.
+    table_name     text        NOT NULL UNIQUE DEFERRABLE,
     key_columns    text[],
     columns        text[],
     except_columns text[],

@@ -34,6 +34,9 @@ pub const LEADER_LOCK: i64 = 0x7469_6465_7769_7265;
 /// Held exclusively while the relay is parked, shared by every writer that saw it awake.
 pub const PARK_LOCK: i64 = LEADER_LOCK + 1;
 
+/// Rung by a leader that resigns.
+pub const LEADER_CHANNEL: &str = "tidewire_leader";
+
 /// Wait between polls while awake without rows. An empty claim costs the server about 0.1 ms.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Wait after a writer in flight refused the park lock.

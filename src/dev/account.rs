@@ -31,9 +31,9 @@ impl Account {
     /// # Errors
     /// When we are root and neither `postgres` nor `nobody` exists.
     pub(super) fn for_server() -> io::Result<Self> {
-        let own = Uid::effective();
-        if !own.is_root() {
-            return Ok(Self { uid: own, gid: Gid::effective(), switch: false });
+        let own = Self::own();
+        if !own.uid.is_root() {
+            return Ok(own);
         }
         for name in UNPRIVILEGED {
             if let Some(user) = User::from_name(name)?.filter(|user| !user.uid.is_root()) {
@@ -43,6 +43,11 @@ impl Account {
         Err(io::Error::other(
             "Postgres does not run as root, and there is no account `postgres` or `nobody`: run as another user",
         ))
+    }
+
+    /// The one that we run under.
+    pub(super) fn own() -> Self {
+        Self { uid: Uid::effective(), gid: Gid::effective(), switch: false }
     }
 
     /// True when the server runs under another account than ours.
@@ -64,7 +69,7 @@ impl Account {
     }
 
     /// Gives a file or folder to this account.
-    pub(super) fn own(self, path: &Path) -> io::Result<()> {
+    pub(super) fn give(self, path: &Path) -> io::Result<()> {
         if self.switch {
             std::os::unix::fs::chown(path, Some(self.uid.as_raw()), Some(self.gid.as_raw()))?;
         }

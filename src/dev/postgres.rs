@@ -85,10 +85,10 @@ pub enum ServerError {
     #[error(transparent)]
     Binaries(#[from] BinariesError),
     /// The folder, its lock or its files.
-    #[error("cannot prepare the folder of the private Postgres: {0}")]
+    #[error("cannot prepare the folder of the private Postgres")]
     Folder(#[source] io::Error),
     /// A program did not start at all.
-    #[error("cannot run {}: {source}", program.display())]
+    #[error("cannot run {}", program.display())]
     Spawn {
         /// Its path.
         program: PathBuf,
@@ -207,7 +207,7 @@ impl PrivateServer {
             }
         }
         fs::DirBuilder::new().mode(0o700).create(data)?;
-        self.account.own(data)
+        self.account.give(data)
     }
 
     async fn initdb(&self, data: &Path, locale: &str) -> Result<std::process::Output, ServerError> {
@@ -241,7 +241,7 @@ impl PrivateServer {
     fn lent_password(&self, password: &str) -> io::Result<tempfile::NamedTempFile> {
         let mut file = tempfile::Builder::new().prefix("password-").tempfile_in(self.folder.path())?;
         writeln!(file, "{password}")?;
-        self.account.own(file.path())?;
+        self.account.give(file.path())?;
         Ok(file)
     }
 
@@ -328,7 +328,7 @@ impl PrivateServer {
         }
         if !path.exists() {
             make_open_folder(&path)?;
-            self.account.own(&path)?;
+            self.account.give(&path)?;
         }
         Ok(text)
     }

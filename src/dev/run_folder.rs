@@ -51,7 +51,7 @@ if [ -n "$3" ]; then rm -rf -- "$3"; fi
 
 /// A folder that this process owns until the value is dropped.
 #[derive(Debug)]
-pub struct RunFolder {
+pub(super) struct RunFolder {
     path: PathBuf,
     temporary: bool,
     watchdog: Option<Child>,
@@ -72,6 +72,14 @@ impl RunFolder {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         let owner = own_new(&path)?;
         Self::watched(path, owner, true)
+    }
+
+    /// A new temporary folder of a run without a server of its own.
+    ///
+    /// # Errors
+    /// When no temporary folder can be written.
+    pub(super) fn for_logs() -> io::Result<Self> {
+        Self::temporary(Account::own())
     }
 
     /// The folder at `path`, made if need be and kept afterwards. A server that a killed run left in it is stopped.
@@ -113,7 +121,7 @@ impl RunFolder {
     }
 
     /// Where everything of this run lies.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -283,7 +291,7 @@ fn temporary_parent(account: Account) -> io::Result<PathBuf> {
     let usual = std::env::temp_dir();
     for parent in [usual.as_path(), Path::new("/tmp")] {
         if matches!(account.blocked_at(parent), Ok(None)) {
-            return Ok(parent.canonicalize()?);
+            return parent.canonicalize();
         }
     }
     Err(io::Error::other(format!("the account that runs Postgres may enter neither {} nor /tmp", usual.display())))

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::DatabaseUrl;
 use super::port::{free_port, loopback};
 
 /// Long enough to see that a node is gone, short enough not to wait for it.
@@ -43,16 +44,6 @@ pub(super) struct NodeProcess {
     program: PathBuf,
     /// Contains a password: never shown.
     database_url: DatabaseUrl,
-}
-
-/// A URL that Debug does not show.
-#[derive(Clone)]
-pub(super) struct DatabaseUrl(pub(super) String);
-
-impl std::fmt::Debug for DatabaseUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("DatabaseUrl(…)")
-    }
 }
 
 /// What happened to a node, for whoever watches the terminal.
@@ -111,6 +102,8 @@ impl NodeProcess {
             let started = Instant::now();
             let status = match self.start() {
                 Ok(mut child) => {
+                    // Taken out, because waiting for a child closes its stdin, and that would end it.
+                    let _stdin = child.stdin.take();
                     let id = child.id().unwrap_or_default();
                     pid.send_replace(id);
                     if !first {
@@ -142,7 +135,7 @@ impl NodeProcess {
         let both = log.try_clone()?;
         Command::new(&self.program)
             .args(["serve", "--node", &self.name, "--listen", &self.address.to_string(), "--exit-on-stdin-eof"])
-            .env("TIDEWIRE_DATABASE_URL", &self.database_url.0)
+            .env("TIDEWIRE_DATABASE_URL", self.database_url.expose())
             .stdin(Stdio::piped())
             .stdout(log)
             .stderr(both)
@@ -259,8 +252,8 @@ mod tests {
     #[tokio::test]
     async fn a_node_is_asked_to_stop_and_its_url_is_in_its_environment_only() {
         let folder = tempfile::tempdir().unwrap();
-        let script =
-            "trap 'echo asked; exit 0' TERM; echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; while :; do sleep 0.05; done";
+        let script = "trap 'echo asked; exit 0' TERM; echo \"$@\" \"$TIDEWIRE_DATABASE_URL\"; \
+                      read -r line || echo end of stdin; echo done";
         let node = node(folder.path(), script);
         let (pid, cancel) = (watch::Sender::new(0), CancellationToken::new());
         let started = async {
@@ -272,7 +265,7 @@ mod tests {
         tokio::join!(node.run(&pid, &cancel, |_, _| {}), started);
         let log = node.log_tail();
         assert!(log.contains("serve --node n1 --listen 127.0.0.1:1 --exit-on-stdin-eof postgres://secret"), "{log}");
-        assert!(log.contains("asked"));
+        assert!(log.contains("asked") && !log.contains("end of stdin"), "{log}");
         assert!(!format!("{node:?}").contains("secret"));
     }
 

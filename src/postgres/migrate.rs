@@ -28,6 +28,8 @@ const TABLE: &str = "tidewire.schema_migrations";
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "tables", include_str!("../../migrations/0001_tables.sql")),
     (2, "writing", include_str!("../../migrations/0002_writing.sql")),
+    (3, "capture", include_str!("../../migrations/0003_capture.sql")),
+    (4, "tracking", include_str!("../../migrations/0004_tracking.sql")),
 ];
 
 /// What [`migrate`] did.

@@ -9,13 +9,13 @@
 
 pub mod identity;
 pub mod listen;
+pub mod migrate;
 pub mod settings;
 pub mod url;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _};
 use tokio::sync::watch;
@@ -67,9 +67,8 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub struct Database {
     hosts: Vec<PgConnectOptions>,
-    pooled: Option<PgConnectOptions>,
-    size: u32,
-    pool: ArcSwap<PgPool>,
+    pooled: bool,
+    pool: PgPool,
     identity: Arc<Identity>,
 }
 
@@ -90,14 +89,14 @@ impl Database {
         };
         let identity = Arc::new(Identity::default());
         let first = pooled.clone().or_else(|| hosts.first().cloned()).ok_or(url::UrlError::NoHost)?;
-        let pool = ArcSwap::from_pointee(pool(first, size, Arc::clone(&identity)));
-        Ok(Self { hosts, pooled, size, pool, identity })
+        let pool = pool(first, size, Arc::clone(&identity));
+        Ok(Self { hosts, pooled: pooled.is_some(), pool, identity })
     }
 
     /// The pool for single statements.
     #[must_use]
-    pub fn pool(&self) -> PgPool {
-        PgPool::clone(&self.pool.load())
+    pub const fn pool(&self) -> &PgPool {
+        &self.pool
     }
 
     /// Which database the connections have found so far.
@@ -143,10 +142,10 @@ impl Database {
     /// [`ConnectError`] when there is no primary; the pool is left alone then.
     pub async fn renew(&self) -> Result<(), ConnectError> {
         let (connection, _, options) = self.find(true).await?;
-        let fresh = pool(self.pooled.clone().unwrap_or(options), self.size, Arc::clone(&self.identity));
-        let old = self.pool.swap(Arc::new(fresh));
-        // Waits for connections in use, at most as long as a statement may run; in the background of this call's future.
-        let _ = tokio::time::timeout(CONNECT_TIMEOUT, old.close()).await;
+        if !self.pooled {
+            self.pool.set_connect_options(options);
+        }
+        self.identity.renew();
         let _ = connection.close().await;
         Ok(())
     }
@@ -182,8 +181,14 @@ impl Database {
 }
 
 fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool {
+    let made_before = Arc::clone(&identity);
     PgPoolOptions::new()
         .max_connections(size)
+        .before_acquire(move |_, meta| {
+            // Connections made before the database changed are closed, not handed out.
+            let usable = made_before.is_current(meta.age);
+            Box::pin(async move { Ok(usable) })
+        })
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(Duration::from_secs(300))
         .max_lifetime(Duration::from_secs(1800))

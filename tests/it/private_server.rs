@@ -103,7 +103,8 @@ async fn a_durable_server_keeps_its_folder_and_asks_for_the_password() {
     assert!(!format!("{server:?}").contains(&password));
 
     let busy = PrivateServer::start(options(Some(&folder), Profile::Durable)).await.unwrap_err();
-    assert!(busy.to_string().contains("prepare the folder"), "{busy}");
+    let cause = std::error::Error::source(&busy).unwrap().to_string();
+    assert!(cause.contains("in use by another tidewire"), "{cause}");
 
     server.stop().await;
     drop(server);

@@ -1,0 +1,79 @@
+//! The database of `tidewire dev`: a private server's or the user's, migrated, with a key; and who leads in it.
+
+use anyhow::Context as _;
+use sqlx::PgPool;
+
+use crate::auth::key::ApiKey;
+use crate::auth::scope::Scopes;
+use crate::auth::store;
+use crate::postgres::{Database, migrate};
+
+/// For the demo, the look at the leader, and the end.
+const POOL_CONNECTIONS: u32 = 4;
+/// The key is for benches and other people's tests too.
+const KEY_CONNECTIONS: u32 = 100_000;
+const KEY_NAME: &str = "tidewire dev";
+
+/// Who leads, as the database knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Leader {
+    /// Its term.
+    pub(super) term: i64,
+    /// The node's name.
+    pub(super) node: String,
+}
+
+/// Connects to the primary that `url` names. It may hold a password; errors do not show it.
+///
+/// # Errors
+/// When there is no usable primary.
+pub(super) async fn connect(url: &str) -> anyhow::Result<PgPool> {
+    let database = Database::new(url, None, "dev", POOL_CONNECTIONS)?;
+    database.probe().await?;
+    database.renew().await?;
+    Ok(database.pool())
+}
+
+/// Brings the schema up to date.
+///
+/// # Errors
+/// Those of the migration.
+pub(super) async fn migrate(pool: &PgPool) -> anyhow::Result<()> {
+    migrate::migrate(&pool.connect_options()).await.context("cannot migrate the database")?;
+    Ok(())
+}
+
+/// Makes an API key with every scope. The secret is in it alone.
+///
+/// # Errors
+/// When the database fails.
+pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<ApiKey> {
+    let scopes = Scopes::all(KEY_CONNECTIONS);
+    store::create_key(pool, KEY_NAME, &scopes, None).await.context("cannot create an API key")
+}
+
+/// Ends the key.
+///
+/// # Errors
+/// When the database fails.
+pub(super) async fn revoke_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+    store::revoke(pool, key.id()).await?;
+    Ok(())
+}
+
+/// The leader of the newest term, if its lock's backend still lives. (A leader that was killed leaves its term
+/// unreleased; a later backend may have the same process id, but started after the term.)
+///
+/// # Errors
+/// When the database fails.
+pub(super) async fn leader(pool: &PgPool) -> sqlx::Result<Option<Leader>> {
+    let row: Option<(i64, String)> = sqlx::query_as(
+        "SELECT t.term, t.node
+         FROM (SELECT term, node, pid, acquired_at, released_at FROM tidewire.terms ORDER BY term DESC LIMIT 1) t
+         JOIN pg_stat_activity a ON a.pid = t.pid AND a.backend_start <= t.acquired_at
+         WHERE t.released_at IS NULL",
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(row.map(|(term, node)| Leader { term, node }))
+}

@@ -1,0 +1,176 @@
+//! Conditions on rows: the `where` language of the protocol.
+//!
+//! A condition is SQL over one table's columns with Postgres's semantics. It is compiled once, when
+//! a client subscribes, and then evaluated for each row image of that table:
+//!
+//! ```text
+//! text ─ lex ▸ parse ─▶ syntax ─ plan (operand, kind) ─▶ typed plan ─ eval ─▶ true, false, NULL, or cannot be told
+//!                                                          ├─ canonical: equal text = same filter
+//!                                                          └─ index: keys by which routes find it
+//! ```
+//!
+//! Invariants: hostile text is refused with a position and never panics, overflows the stack or
+//! costs more than its length; a compiled filter cannot fail; where it gives an answer, Postgres
+//! gives the same (tried against Postgres itself in `tests/it/filter.rs`). Known
+//! differences, all of them where Postgres would raise an error at run time or where JSON cannot
+//! tell: a cast that fails (`payload->>'n'` is not a number) is NULL; a `json` column that holds JSON's
+//! `null` is taken for SQL's NULL, since `to_json` renders both alike. Text is ordered by its
+//! bytes and `ILIKE` folds ASCII (collation "C"); times without an offset are UTC; of Postgres's
+//! many forms of dates only ISO is read.
+//!
+//! Pure: no I/O, no clock, no catalog. The caller brings columns and row images.
+
+mod canonical;
+mod decimal;
+mod eval;
+mod index;
+mod interval;
+mod json;
+mod kind;
+mod lex;
+mod like;
+mod moment;
+mod operand;
+mod parse;
+mod plan;
+mod typename;
+mod value;
+
+use std::fmt;
+
+pub use index::{IndexConjunct, IndexKey, index_key_of};
+pub use kind::ColumnType;
+
+/// Bytes of a condition's text that are accepted unless the caller asks for less. Bounds the syntax
+/// tree before it is built.
+pub const MAX_FILTER_BYTES: usize = 4 * 1024;
+
+/// A column of the table that a condition is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// The name as in the catalog, case-sensitive.
+    pub name: String,
+    /// Its type, domains resolved.
+    pub kind: ColumnType,
+}
+
+impl Column {
+    /// A column.
+    pub fn new(name: impl Into<String>, kind: ColumnType) -> Self {
+        Self { name: name.into(), kind }
+    }
+}
+
+/// One image of a row (before or after a change).
+pub trait RowImage {
+    /// The column's value as raw JSON, as Postgres's `to_json` writes it under the settings in
+    /// the protocol's "Values"; `null` is SQL's NULL. `None`: the image does not carry the column
+    /// (an unchanged TOAST value, a trimmed image), so its value is not known.
+    fn column(&self, name: &str) -> Option<&str>;
+}
+
+/// What a condition says of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The row satisfies the condition.
+    Matches,
+    /// It does not: the condition is false or NULL.
+    Differs,
+    /// It depends on a column that the image does not carry.
+    Undetermined,
+}
+
+/// A compiled condition.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    root: plan::Node,
+    columns: Vec<String>,
+    canonical: String,
+    index: Option<IndexConjunct>,
+}
+
+impl Filter {
+    /// Parses `text` and checks it against one table's columns. Identifiers fold as in SQL.
+    ///
+    /// # Errors
+    /// The text is longer than [`MAX_FILTER_BYTES`], is not of the language, names a column that is
+    /// not there, or mixes types as Postgres would refuse; with the position of the token to blame.
+    pub fn compile(text: &str, columns: &[Column]) -> Result<Self, FilterError> {
+        if text.len() > MAX_FILTER_BYTES {
+            let reason = format!("the condition has {} bytes, at most {MAX_FILTER_BYTES} are allowed", text.len());
+            return Err(FilterError::new(1, reason));
+        }
+        let syntax = parse::parse(text)?;
+        let plan::Plan { root, columns } = plan::plan(&syntax, columns)?;
+        Ok(Self { canonical: canonical::text(&root), index: index::conjunct(&root), root, columns })
+    }
+
+    /// The columns of domain events (tables `event:…`).
+    pub fn domain_event_columns() -> Vec<Column> {
+        vec![
+            Column::new("aggregate_id", ColumnType::Text),
+            Column::new("event_type", ColumnType::Text),
+            Column::new("payload", ColumnType::Json),
+        ]
+    }
+
+    /// The condition's truth for a row; `None` is SQL's NULL, and also the answer where a column
+    /// that decides it is absent. [`Filter::eval_checked`] tells the two apart.
+    pub fn eval(&self, row: &dyn RowImage) -> Option<bool> {
+        eval::truths(&self.root, row).certain().flatten()
+    }
+
+    /// Whether the row satisfies the condition, does not, or cannot be judged for want of a column.
+    /// Absent columns that do not decide (`absent OR true`) do no harm.
+    pub fn eval_checked(&self, row: &dyn RowImage) -> Outcome {
+        let truths = eval::truths(&self.root, row);
+        if truths.certain() == Some(Some(true)) {
+            Outcome::Matches
+        } else if truths.may_be_true() {
+            Outcome::Undetermined
+        } else {
+            Outcome::Differs
+        }
+    }
+
+    /// Names of the columns that the condition refers to, each once.
+    pub fn columns(&self) -> impl Iterator<Item = &str> {
+        self.columns.iter().map(String::as_str)
+    }
+
+    /// Normal text. Filters over columns of equal types with equal normal text are the same.
+    pub fn canonical(&self) -> &str {
+        &self.canonical
+    }
+
+    /// An equality that every matching row satisfies, for finding the filter by hash.
+    pub fn index_conjunct(&self) -> Option<IndexConjunct> {
+        self.index.clone()
+    }
+}
+
+/// Why a condition is refused, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilterError {
+    /// Position of the token to blame, in characters from 1.
+    pub position: usize,
+    /// Cause, and what to do.
+    pub reason: String,
+}
+
+impl FilterError {
+    fn new(position: usize, reason: String) -> Self {
+        Self { position, reason }
+    }
+}
+
+impl fmt::Display for FilterError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "at character {}: {}", self.position, self.reason)
+    }
+}
+
+impl std::error::Error for FilterError {}
+
+#[cfg(test)]
+mod tests;

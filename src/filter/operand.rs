@@ -1,0 +1,410 @@
+//! Operands while a plan is made: what has a type, what has none yet, and how two of them meet.
+//!
+//! A string literal (and NULL) has no type until it meets an operator; then it takes the other
+//! side's, and its text must be valid for it. Source of the rules: PostgreSQL manual, "Operators"
+//! in "Type Conversion".
+
+use std::borrow::Cow;
+
+use super::FilterError;
+use super::json::Step;
+use super::kind::ColumnType;
+use super::moment;
+use super::parse::Comparison;
+use super::plan::{Node, Scalar};
+use super::value::{self, Fault, Value};
+
+/// Characters of a literal that a message repeats.
+const QUOTED_CHARACTERS: usize = 40;
+
+#[derive(Clone, Debug)]
+pub(super) struct Operand {
+    at: usize,
+    form: Form,
+}
+
+#[derive(Clone, Debug)]
+enum Form {
+    /// A string literal, or NULL.
+    Untyped(Option<String>),
+    Typed(Scalar, ColumnType),
+}
+
+impl Operand {
+    pub(super) fn untyped(at: usize, text: Option<String>) -> Self {
+        Self { at, form: Form::Untyped(text) }
+    }
+
+    pub(super) fn typed(at: usize, scalar: Scalar, kind: ColumnType) -> Self {
+        Self { at, form: Form::Typed(scalar, kind) }
+    }
+
+    pub(super) fn constant(at: usize, value: Value<'static>, kind: ColumnType) -> Self {
+        Self::typed(at, Scalar::Const(Some(value), kind), kind)
+    }
+
+    pub(super) fn kind(&self) -> Option<ColumnType> {
+        match &self.form {
+            Form::Untyped(_) => None,
+            Form::Typed(_, kind) => Some(*kind),
+        }
+    }
+
+    pub(super) fn is_constant(&self) -> bool {
+        matches!(self.form, Form::Untyped(_) | Form::Typed(Scalar::Const(..), _))
+    }
+
+    /// An untyped literal that nothing gives a type is text.
+    pub(super) fn into_scalar(self) -> Scalar {
+        match self.form {
+            Form::Typed(scalar, _) => scalar,
+            Form::Untyped(text) => Scalar::Const(text.map(|text| Value::Text(Cow::Owned(text))), ColumnType::Text),
+        }
+    }
+
+    pub(super) fn into_condition(self) -> Result<Node, FilterError> {
+        let at = self.at;
+        match self.form {
+            Form::Untyped(None) => Ok(Node::Const(None)),
+            Form::Untyped(Some(text)) => match literal(at, &text, ColumnType::Bool)? {
+                Value::Bool(value) => Ok(Node::Const(Some(value))),
+                _ => Ok(Node::Const(None)),
+            },
+            Form::Typed(Scalar::Const(Some(Value::Bool(value)), _), _) => Ok(Node::Const(Some(value))),
+            Form::Typed(Scalar::Const(None, _), ColumnType::Bool) => Ok(Node::Const(None)),
+            Form::Typed(Scalar::Truth(node), _) => Ok(*node),
+            Form::Typed(scalar, ColumnType::Bool) => Ok(Node::Test(scalar)),
+            Form::Typed(_, kind) => Err(FilterError::new(
+                at,
+                format!("a condition must be boolean, this is {}; compare it with something", kind.sql_name()),
+            )),
+        }
+    }
+
+    pub(super) fn negated(self, at: usize) -> Result<Self, FilterError> {
+        let refused = || FilterError::new(at, "a sign may stand only before a number".to_owned());
+        let Form::Typed(Scalar::Const(value, kind), _) = self.form else {
+            return Err(refused());
+        };
+        let value = match value {
+            Some(Value::Int(value)) => {
+                let negated = value.checked_neg().map(Value::Int).ok_or(Fault::Range);
+                let fits = negated.and_then(|value| convert(value, kind));
+                Some(fits.map_err(|fault| reason(at, fault, "the number", kind))?)
+            }
+            Some(Value::OwnedDecimal(value)) => Some(Value::OwnedDecimal(value.negated())),
+            Some(Value::Float(value)) => Some(Value::Float(-value)),
+            Some(_) => return Err(refused()),
+            None => None,
+        };
+        Ok(Self::typed(at, Scalar::Const(value, kind), kind))
+    }
+
+    /// `self::target`.
+    pub(super) fn cast(self, at: usize, target: ColumnType) -> Result<Self, FilterError> {
+        let scalar = match self.form {
+            Form::Untyped(None) => Scalar::Const(None, target),
+            Form::Untyped(Some(text)) => Scalar::Const(Some(literal(self.at, &text, target)?), target),
+            Form::Typed(scalar, kind) if kind == target => scalar,
+            Form::Typed(Scalar::Const(None, _), _) => Scalar::Const(None, target),
+            Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
+                Scalar::Const(Some(literal(self.at, &text, target)?), target)
+            }
+            Form::Typed(Scalar::Const(Some(value), from), _) => {
+                Scalar::Const(Some(cast_constant(at, value, from, target)?), target)
+            }
+            Form::Typed(scalar, ColumnType::Text) => Scalar::Cast(Box::new(scalar), target),
+            Form::Typed(_, kind) => {
+                return Err(FilterError::new(
+                    at,
+                    format!(
+                        "only literals, text columns and results of ->> can be cast, this is {}; compare it as it is",
+                        kind.sql_name()
+                    ),
+                ));
+            }
+        };
+        Ok(Self::typed(at, scalar, target))
+    }
+
+    /// `self -> key` or `self ->> key`.
+    pub(super) fn step(self, at: usize, key: Self, text: bool) -> Result<Self, FilterError> {
+        let step = key.into_step()?;
+        let refused = |what: &str| {
+            FilterError::new(at, format!("-> and ->> take a json or jsonb column on their left, not {what}"))
+        };
+        let Form::Typed(scalar, kind) = self.form else {
+            return Err(refused("a literal"));
+        };
+        if !kind.is_json() {
+            return Err(refused(kind.sql_name()));
+        }
+        let result = if text { ColumnType::Text } else { kind };
+        let scalar = match scalar {
+            Scalar::Column(column, _) => {
+                Scalar::Path { column, binary: kind == ColumnType::Jsonb, steps: vec![step], text }
+            }
+            Scalar::Path { column, binary, mut steps, .. } => {
+                steps.push(step);
+                Scalar::Path { column, binary, steps, text }
+            }
+            _ => return Err(refused("a literal")),
+        };
+        Ok(Self::typed(at, scalar, result))
+    }
+
+    fn into_step(self) -> Result<Step, FilterError> {
+        match self.form {
+            Form::Untyped(Some(text)) => return Ok(Step::Key(text.into())),
+            Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
+                return Ok(Step::Key(text.into()));
+            }
+            Form::Typed(Scalar::Const(Some(Value::Int(index)), _), ColumnType::Int2 | ColumnType::Int4) => {
+                if let Ok(index) = i32::try_from(index) {
+                    return Ok(Step::Index(index));
+                }
+            }
+            _ => {}
+        }
+        Err(FilterError::new(
+            self.at,
+            "-> and ->> take a string (an object's key) or an integer (an array's index) on their right".to_owned(),
+        ))
+    }
+
+    /// The left side of `LIKE`: text as it is, `character(n)` with its padding.
+    pub(super) fn into_like_item(self, at: usize) -> Result<Scalar, FilterError> {
+        match self.form {
+            Form::Typed(Scalar::Column(name, ColumnType::Char), _) => Ok(Scalar::Column(name, ColumnType::Text)),
+            Form::Typed(scalar, ColumnType::Text) => Ok(scalar),
+            Form::Untyped(_) => Ok(self.into_scalar()),
+            Form::Typed(_, kind) => {
+                Err(FilterError::new(at, format!("LIKE and ILIKE take text, not {}", kind.sql_name())))
+            }
+        }
+    }
+
+    pub(super) fn into_literal_text(self, what: &str) -> Result<Option<String>, FilterError> {
+        match self.form {
+            Form::Untyped(text) => Ok(text),
+            Form::Typed(Scalar::Const(None, _), ColumnType::Text) => Ok(None),
+            Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => Ok(Some(text.into_owned())),
+            Form::Typed(..) => Err(FilterError::new(self.at, format!("{what} must be a string literal"))),
+        }
+    }
+}
+
+/// A numeric literal: the narrowest of integer, bigint and numeric, as in Postgres.
+pub(super) fn number(at: usize, digits: &str) -> Result<Operand, FilterError> {
+    for kind in [ColumnType::Int4, ColumnType::Int8] {
+        if let Ok(value) = value::read(kind, digits) {
+            return Ok(Operand::constant(at, value.into_owned(), kind));
+        }
+    }
+    let value = literal(at, digits, ColumnType::Numeric)?;
+    Ok(Operand::constant(at, value, ColumnType::Numeric))
+}
+
+/// Both sides of a comparison as one type or as two that compare.
+pub(super) fn resolve(
+    left: Operand,
+    right: Operand,
+    comparison: Comparison,
+    at: usize,
+) -> Result<(Scalar, Scalar), FilterError> {
+    match (left.form, right.form) {
+        (Form::Untyped(left_text), Form::Untyped(right_text)) => Ok((
+            Operand::untyped(left.at, left_text).into_scalar(),
+            Operand::untyped(right.at, right_text).into_scalar(),
+        )),
+        (Form::Typed(scalar, kind), Form::Untyped(text)) => {
+            let constant = beside(right.at, text, kind, comparison, at)?;
+            Ok((scalar, constant))
+        }
+        (Form::Untyped(text), Form::Typed(scalar, kind)) => {
+            let constant = beside(left.at, text, kind, comparison, at)?;
+            Ok((constant, scalar))
+        }
+        (Form::Typed(left_scalar, left_kind), Form::Typed(right_scalar, right_kind)) => {
+            if !left_kind.compares_with(right_kind) {
+                return Err(no_operator(at, left_kind, right_kind.sql_name(), comparison));
+            }
+            check_strings(at, (&left_scalar, left_kind), (&right_scalar, right_kind))?;
+            Ok((fitted(left_scalar, right_kind, left.at)?, fitted(right_scalar, left_kind, right.at)?))
+        }
+    }
+}
+
+/// `item = ANY (constants)`, all of them of the type `common`.
+pub(super) fn list(item: Operand, constants: Vec<Operand>, common: ColumnType, at: usize) -> Result<Node, FilterError> {
+    let mut list = Vec::with_capacity(constants.len());
+    let mut has_null = false;
+    let item_kind = item.kind().unwrap_or(common);
+    for constant in constants {
+        let value = match constant.form {
+            Form::Untyped(text) => beside(constant.at, text, common, Comparison::Equal, at)?,
+            Form::Typed(Scalar::Const(value, kind), _) => {
+                let value = value.map(|value| convert(value, common)).transpose();
+                Scalar::Const(value.map_err(|fault| reason(constant.at, fault, "the number", kind))?, common)
+            }
+            Form::Typed(scalar, _) => scalar,
+        };
+        match fitted(value, item_kind, constant.at)? {
+            Scalar::Const(Some(value), _) => list.push(value),
+            _ => has_null = true,
+        }
+    }
+    let stand_in = Operand::typed(at, Scalar::Const(None, common), common);
+    let item = match common {
+        // Only literals meet an enum, and only an enum makes the common type one.
+        ColumnType::Enum => item.into_scalar(),
+        _ => resolve(item, stand_in, Comparison::Equal, at)?.0,
+    };
+    list.sort_by(|left, right| left.compare(right).unwrap_or(std::cmp::Ordering::Equal));
+    list.dedup_by(|left, right| left.compare(right) == Some(std::cmp::Ordering::Equal));
+    Ok(Node::In { item, list, kind: common, has_null })
+}
+
+/// An untyped literal as a constant of the type of the other side.
+fn beside(
+    literal_at: usize,
+    text: Option<String>,
+    kind: ColumnType,
+    comparison: Comparison,
+    at: usize,
+) -> Result<Scalar, FilterError> {
+    let comparable = match kind {
+        ColumnType::Enum => matches!(comparison, Comparison::Equal | Comparison::NotEqual),
+        kind => kind.compares_with(kind),
+    };
+    if !comparable {
+        return Err(no_operator(at, kind, "a literal", comparison));
+    }
+    let value = text.map(|text| literal(literal_at, &text, kind)).transpose()?;
+    Ok(Scalar::Const(value, kind))
+}
+
+fn no_operator(at: usize, left: ColumnType, right: &str, comparison: Comparison) -> FilterError {
+    let advice = match left {
+        ColumnType::Json | ColumnType::Jsonb => "compare one of its fields as text: column ->> 'field'",
+        ColumnType::Enum => "an enum is compared with string literals, by =, <> and IN",
+        ColumnType::Other => "a column of this type can only be tested by IS NULL",
+        _ => "write the literal as the column's type, or cast it",
+    };
+    FilterError::new(
+        at,
+        format!("operator does not exist: {} {} {right}; {advice}", left.sql_name(), comparison.symbol()),
+    )
+}
+
+/// `character(n)` beside a column of text: Postgres decides by whether that is `text` or
+/// `varchar`, which is not known here.
+fn check_strings(at: usize, left: (&Scalar, ColumnType), right: (&Scalar, ColumnType)) -> Result<(), FilterError> {
+    let is_text_column = |side: (&Scalar, ColumnType)| matches!(side, (Scalar::Column(..), ColumnType::Text));
+    let is_padded = |side: (&Scalar, ColumnType)| side.1 == ColumnType::Char;
+    if is_padded(left) && is_text_column(right) || is_text_column(left) && is_padded(right) {
+        let reason = "a character(n) column and a text column do not compare here; compare each with a literal";
+        return Err(FilterError::new(at, reason.to_owned()));
+    }
+    Ok(())
+}
+
+/// A constant beside a `real` or `double precision` becomes a double once, not for each row.
+fn fitted(scalar: Scalar, beside: ColumnType, at: usize) -> Result<Scalar, FilterError> {
+    match scalar {
+        Scalar::Const(Some(value), kind) if beside.is_float() && !kind.is_float() => {
+            let double = ColumnType::Float8;
+            let value = convert(value, double).map_err(|fault| reason(at, fault, "the number", double))?;
+            Ok(Scalar::Const(Some(value), double))
+        }
+        other => Ok(other),
+    }
+}
+
+fn literal(at: usize, text: &str, kind: ColumnType) -> Result<Value<'static>, FilterError> {
+    value::read(kind, text).map(Value::into_owned).map_err(|fault| {
+        let mut shown: String = text.chars().take(QUOTED_CHARACTERS).collect();
+        if shown.len() < text.len() {
+            shown.push('…');
+        }
+        reason(at, fault, &format!("'{shown}'"), kind)
+    })
+}
+
+fn reason(at: usize, fault: Fault, what: &str, kind: ColumnType) -> FilterError {
+    let name = kind.sql_name();
+    let advice = match kind {
+        ColumnType::Date => "; write it as '2026-11-20'",
+        ColumnType::Time | ColumnType::TimeTz => "; write it as '10:00:00'",
+        ColumnType::Timestamp => "; write it as '2026-11-20T10:00:00'",
+        ColumnType::TimestampTz => "; write it as '2026-11-20T10:00:00+00:00'",
+        ColumnType::Interval => "; write it as '1 day 02:00:00' or 'P1DT2H'",
+        _ => "",
+    };
+    FilterError::new(
+        at,
+        match fault {
+            Fault::Syntax => format!("{what} is not a value of type {name}{advice}"),
+            Fault::Range => format!("{what} is out of range for type {name}"),
+        },
+    )
+}
+
+/// A constant as another type, by the casts that Postgres makes unasked. Types that compare with
+/// each other as they are need no conversion.
+fn convert(value: Value<'static>, target: ColumnType) -> Result<Value<'static>, Fault> {
+    let in_range = |value: i64, least: i64, greatest: i64| {
+        if (least..=greatest).contains(&value) { Ok(Value::Int(value)) } else { Err(Fault::Range) }
+    };
+    match (target, value) {
+        (ColumnType::Int2, Value::Int(value)) => in_range(value, i16::MIN.into(), i16::MAX.into()),
+        (ColumnType::Int4, Value::Int(value)) => in_range(value, i32::MIN.into(), i32::MAX.into()),
+        (ColumnType::Float4, Value::Int(value)) => Ok(Value::Float(f64::from(value as f32))),
+        (ColumnType::Float4, Value::OwnedDecimal(value)) => Ok(Value::Float(f64::from(value.view().to_f32()?))),
+        (ColumnType::Float8, value) => match value.as_float() {
+            Some(float) => Ok(Value::Float(float)),
+            None => Err(Fault::Range),
+        },
+        (ColumnType::Char, value @ Value::Text(_)) => match value {
+            Value::Text(text) => value::read(ColumnType::Char, &text).map(Value::into_owned),
+            other => Ok(other),
+        },
+        (_, value) => Ok(value),
+    }
+}
+
+/// An explicit cast of a constant that is not text.
+fn cast_constant(
+    at: usize,
+    value: Value<'static>,
+    from: ColumnType,
+    target: ColumnType,
+) -> Result<Value<'static>, FilterError> {
+    use ColumnType::{Bool, Date, Float4, Float8, Int2, Int4, Int8, Numeric, Text, Timestamp, TimestampTz};
+    let cast = match (value, target) {
+        (value @ Value::Int(_), Int2 | Int4 | Int8 | Float4 | Float8 | Numeric) => convert(value, target),
+        (value @ Value::OwnedDecimal(_), Float4 | Float8 | Numeric) => convert(value, target),
+        (Value::OwnedDecimal(value), Int2 | Int4 | Int8) => {
+            value.view().to_i64().and_then(|value| convert(Value::Int(value), target))
+        }
+        (Value::Float(value), Float8) => Ok(Value::Float(value)),
+        (Value::Int(value), Bool) if from == Int4 => Ok(Value::Bool(value != 0)),
+        (Value::Bool(value), Int4) => Ok(Value::Int(value.into())),
+        (Value::Bool(value), Text) => Ok(Value::Text(Cow::Owned(value.to_string()))),
+        (Value::Int(value), Text) => Ok(Value::Text(Cow::Owned(value.to_string()))),
+        (value @ (Value::Date(_) | Value::Instant(_)), Timestamp | TimestampTz) => Ok(value),
+        (Value::Instant(value), Date) => Ok(Value::Date(moment::day_of(value))),
+        _ => {
+            return Err(FilterError::new(
+                at,
+                format!(
+                    "a literal of type {} cannot be cast to {} here; write it as a string, '…'::{}",
+                    from.sql_name(),
+                    target.sql_name(),
+                    target.sql_name()
+                ),
+            ));
+        }
+    };
+    cast.map_err(|fault| reason(at, fault, "the literal", target))
+}

@@ -1,0 +1,407 @@
+//! The follower: from the feed and the log into the hub, contiguous or not at all.
+//!
+//! One task owns the LISTEN connection of the node. A chunk that continues the ring exactly, opens with its term's key
+//! and comes from that term's announcing backend is used; everything else (gap, reconnect, silence, a chunk of another
+//! epoch, doubt) is answered by reading the log. Other hints that arrive on the same connection are passed on.
+//!
+//! When a connection finds another incarnation of the database, delivery is *held* until the newest epoch names that
+//! incarnation and a term of that epoch has begun (its commit vouches for what stands before it).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::cursor::Seq;
+use crate::event::Event;
+use crate::feed::chunk::{Header, Kind, decode_events};
+use crate::feed::seal::FeedKey;
+use crate::hub::Hub;
+use crate::log::append::Interner;
+use crate::log::incarnation::{TermKey, epoch_has_term, epochs, term_key};
+use crate::log::read;
+use crate::postgres::listen::{Heard, Listener, Wakeups};
+use crate::postgres::{Database, Incarnation};
+use crate::relay::LEADER_CHANNEL;
+use crate::telemetry::metrics::{Metrics, gauge};
+
+/// Everything that a node listens to, on one connection.
+const CHANNELS: &[&str] = &["tidewire_feed", "tidewire_wake", LEADER_CHANNEL, KEYS_CHANNEL, "tidewire_schema"];
+const KEYS_CHANNEL: &str = "tidewire_keys";
+/// Events of one reading of the log.
+const READ_EVENTS: usize = 2_000;
+/// The log's end is read at least this often, whatever the feed says.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
+/// While delivery is held, or after a failure: this often at first, and at most the interval above.
+const RETRY_BASE: Duration = Duration::from_millis(50);
+const RETRY_CAP: Duration = Duration::from_secs(1);
+/// A leader is heard every second; after this silence the LISTEN connection is not believed any more.
+const SILENCE: Duration = Duration::from_secs(3);
+/// Events that a starting node takes from the log into its ring.
+const WARM_EVENTS: u64 = 10_000;
+/// Keys of terms that are kept.
+const MAX_KEYS: usize = 16;
+/// An unknown term is asked for at most this often: forged chunks must not become queries.
+const KEY_LOOKUP_INTERVAL: Duration = Duration::from_millis(100);
+/// Key changes that wait for the key store.
+const KEY_QUEUE: usize = 1_024;
+
+/// What others know of the follower.
+#[derive(Clone, Debug)]
+pub struct FollowerHandle {
+    reconcile: mpsc::Sender<()>,
+    state: Arc<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    listening: AtomicBool,
+    current: AtomicBool,
+    last_contact: parking_lot::Mutex<Option<Instant>>,
+}
+
+impl FollowerHandle {
+    /// Asks for the log's end to be read soon. Coalesced: a request that waits already is enough.
+    pub fn reconcile(&self) {
+        let _ = self.reconcile.try_send(());
+    }
+
+    /// Whether the LISTEN connection stands.
+    #[must_use]
+    pub fn listening(&self) -> bool {
+        self.state.listening.load(Ordering::Acquire)
+    }
+
+    /// Whether the ring has met the log's end since the last doubt.
+    #[must_use]
+    pub fn current(&self) -> bool {
+        self.state.current.load(Ordering::Acquire)
+    }
+
+    /// Since when Postgres has not answered the follower; zero while it does.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        if self.listening() && self.current() {
+            return Duration::ZERO;
+        }
+        self.state.last_contact.lock().map_or(Duration::MAX, |at| at.elapsed())
+    }
+}
+
+/// The task.
+#[derive(Debug)]
+pub struct Follower {
+    database: Arc<Database>,
+    hub: Arc<Hub>,
+    wakeups: Arc<Wakeups>,
+    metrics: Arc<Metrics>,
+    keys: HashMap<u64, (TermKey, Option<Arc<FeedKey>>)>,
+    key_asked: Option<Instant>,
+    key_changes: mpsc::Sender<Option<String>>,
+    interner: Interner,
+    requests: mpsc::Receiver<()>,
+    state: Arc<State>,
+    incarnation: watch::Receiver<Option<Incarnation>>,
+    started: bool,
+    retry: Backoff,
+    heard: Instant,
+}
+
+/// What the loop wakes up for.
+enum Wake {
+    Heard(Heard),
+    Unreachable,
+    Request,
+    Incarnation,
+    Tick,
+}
+
+impl Follower {
+    /// The task, its handle, and the ids of API keys that change (None: any may have).
+    #[must_use]
+    pub fn new(
+        database: Arc<Database>,
+        hub: Arc<Hub>,
+        wakeups: Arc<Wakeups>,
+        metrics: Arc<Metrics>,
+    ) -> (Self, FollowerHandle, mpsc::Receiver<Option<String>>) {
+        let (reconcile, requests) = mpsc::channel(1);
+        let (key_changes, changed_keys) = mpsc::channel(KEY_QUEUE);
+        let state = Arc::new(State::default());
+        let incarnation = database.incarnation();
+        let handle = FollowerHandle { reconcile, state: Arc::clone(&state) };
+        let follower = Self {
+            database,
+            hub,
+            wakeups,
+            metrics,
+            keys: HashMap::new(),
+            key_asked: None,
+            key_changes,
+            interner: Interner::default(),
+            requests,
+            state,
+            incarnation,
+            started: false,
+            retry: Backoff::new(RETRY_BASE, RETRY_CAP),
+            heard: Instant::now(),
+        };
+        (follower, handle, changed_keys)
+    }
+
+    /// Follows until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let database = Arc::clone(&self.database);
+        let mut listener = Listener::new(&database, CHANNELS);
+        let mut next_reconcile = Instant::now();
+        loop {
+            let wake = tokio::select! {
+                () = stop.cancelled() => return,
+                heard = listener.next() => heard.map_or_else(|error| {
+                    tracing::debug!(%error, "not listening");
+                    Wake::Unreachable
+                }, Wake::Heard),
+                Some(()) = self.requests.recv() => Wake::Request,
+                Ok(()) = self.incarnation.changed() => Wake::Incarnation,
+                () = tokio::time::sleep_until(next_reconcile.into()) => Wake::Tick,
+            };
+            self.set_listening(listener.is_connected());
+            let cause = match wake {
+                Wake::Heard(Heard::Lost) => Some("connect"),
+                Wake::Heard(Heard::Notification { channel, pid, payload }) => {
+                    self.notification(&channel, pid, &payload).await
+                }
+                Wake::Unreachable => {
+                    self.doubt();
+                    None
+                }
+                Wake::Request => Some("request"),
+                Wake::Incarnation => Some("incarnation"),
+                Wake::Tick => Some("tick"),
+            };
+            if matches!(cause, Some("connect")) {
+                self.heard = Instant::now();
+                let _ = self.key_changes.try_send(None);
+            }
+            if self.heard.elapsed() > SILENCE && listener.is_connected() {
+                // No leader, or a connection that is dead without knowing it; a new one costs little.
+                self.heard = Instant::now();
+                listener.drop_connection();
+            }
+            if let Some(cause) = cause {
+                next_reconcile = Instant::now() + self.reconcile(cause).await;
+            }
+        }
+    }
+
+    fn set_listening(&self, listening: bool) {
+        let before = self.state.listening.swap(listening, Ordering::AcqRel);
+        if before != listening {
+            self.wakeups.set_listening(listening);
+            self.metrics.postgres_up.set(i64::from(listening));
+        }
+    }
+
+    fn doubt(&self) {
+        self.state.current.store(false, Ordering::Release);
+    }
+
+    /// Some: the log is to be read.
+    async fn notification(&mut self, channel: &str, pid: u32, payload: &str) -> Option<&'static str> {
+        match channel {
+            "tidewire_feed" => return self.chunk(pid, payload).await,
+            "tidewire_wake" => self.wakeups.outbox.notify_one(),
+            LEADER_CHANNEL => self.wakeups.leadership.notify_one(),
+            KEYS_CHANNEL => {
+                // Full: everything is looked at anew, which covers what did not fit.
+                let _ = self.key_changes.try_send(Some(payload.to_owned()));
+            }
+            "tidewire_schema" => self.wakeups.schema.notify_one(),
+            _ => {}
+        }
+        None
+    }
+
+    async fn chunk(&mut self, pid: u32, payload: &str) -> Option<&'static str> {
+        let count = |outcome| self.metrics.feed_chunks_total.with_label_values(&[outcome]).inc();
+        let Ok((header, text, sealed)) = Header::parse(payload) else {
+            count("refused");
+            return None;
+        };
+        let Some(key) = self.key(&header, pid).await else {
+            self.metrics.feed_chunks_total.with_label_values(&["foreign"]).inc();
+            return None;
+        };
+        let Ok(body) = key.open(&header, text, sealed) else {
+            self.metrics.feed_chunks_total.with_label_values(&["refused"]).inc();
+            return None;
+        };
+        self.heard = Instant::now();
+        self.metrics.term.set(header.term.cast_signed());
+        self.metrics.log_newest_seq.set(gauge(header.last));
+        let newest = self.hub.high_water();
+        let known_epoch = header.epoch == self.hub.epochs().newest();
+        if !known_epoch || !self.state.current.load(Ordering::Acquire) || self.hub.edge().held {
+            return Some("doubt");
+        }
+        let outcome = match header.kind {
+            _ if header.last <= newest => "known",
+            Kind::Events if header.first == newest + 1 => {
+                match decode_events(&header, &body, |name| self.interner.share(name)) {
+                    Ok(events) => {
+                        self.take(&events, "feed");
+                        "applied"
+                    }
+                    Err(_) => "refused",
+                }
+            }
+            _ => "gap",
+        };
+        self.metrics.feed_chunks_total.with_label_values(&[outcome]).inc();
+        if outcome == "gap" {
+            self.metrics.feed_gaps_total.inc();
+        }
+        matches!(outcome, "gap" | "refused").then_some("gap")
+    }
+
+    /// The key of a chunk's term, if the chunk comes from the backend that announces for it.
+    async fn key(&mut self, header: &Header, pid: u32) -> Option<Arc<FeedKey>> {
+        if !self.keys.contains_key(&header.term) {
+            if self.key_asked.is_some_and(|at| at.elapsed() < KEY_LOOKUP_INTERVAL) {
+                return None;
+            }
+            self.key_asked = Some(Instant::now());
+            let found = term_key(self.database.pool(), header.term).await.ok()??;
+            let key = found.key.as_deref().and_then(FeedKey::new).map(Arc::new);
+            if self.keys.len() >= MAX_KEYS
+                && let Some(oldest) = self.keys.keys().min().copied()
+            {
+                self.keys.remove(&oldest);
+            }
+            self.keys.insert(header.term, (found, key));
+        }
+        let (term, key) = self.keys.get(&header.term)?;
+        // A term's number may come twice after a lost tail: the key is that of one epoch only.
+        (term.feed_pid == pid && term.epoch == header.epoch).then(|| key.clone()).flatten()
+    }
+
+    fn take(&self, events: &[Event], source: &str) {
+        self.metrics.events_received_total.with_label_values(&[source]).inc_by(events.len() as u64);
+        if let Err(error) = self.hub.append(events, Instant::now()) {
+            // Checked before; if it happens all the same, the next reading of the log mends it.
+            tracing::error!(%error, "what was read is not contiguous");
+            self.doubt();
+        }
+    }
+
+    /// Reads the log up to its end; gives the wait until the next time.
+    async fn reconcile(&mut self, cause: &'static str) -> Duration {
+        self.metrics.reconciles_total.with_label_values(&[cause]).inc();
+        match self.catch_up().await {
+            Ok(true) => {
+                self.retry.reset();
+                *self.state.last_contact.lock() = Some(Instant::now());
+                self.state.current.store(true, Ordering::Release);
+                self.hub.tick(Instant::now());
+                RECONCILE_INTERVAL
+            }
+            Ok(false) => {
+                *self.state.last_contact.lock() = Some(Instant::now());
+                self.retry.next_wait(1.0)
+            }
+            Err(error) => {
+                tracing::debug!(%error, cause, "the log could not be read");
+                self.doubt();
+                self.retry.next_wait(1.0)
+            }
+        }
+    }
+
+    /// True: the ring has met the log's end. False: delivery is held, the database's incarnation is not vouched for yet.
+    async fn catch_up(&mut self) -> Result<bool, sqlx::Error> {
+        let pool = self.database.pool();
+        let (known, newest_epoch) = epochs(pool).await?;
+        let seen = self.incarnation.borrow().clone();
+        let vouched = match (&newest_epoch, &seen) {
+            (Some(row), Some(seen)) => row.incarnation == *seen && epoch_has_term(pool, row.epoch).await?,
+            _ => false,
+        };
+        if !vouched {
+            if !self.hub.edge().held {
+                tracing::warn!(
+                    "the database is not the one it was: delivery is held until a leader vouches for the log"
+                );
+                self.hub.hold(true);
+                let _ = self.database.renew().await;
+            }
+            self.doubt();
+            return Ok(false);
+        }
+        self.metrics.epoch.set(i64::from(known.newest()));
+        if known != self.hub.epochs() && self.started {
+            let start = known.start_of(known.newest()).unwrap_or_default();
+            let start_id = read::event_id(pool, start).await?;
+            self.keys.clear();
+            self.hub.set_epochs(known.clone(), start_id);
+        }
+        let bounds = read::bounds(pool).await?;
+        self.metrics.log_newest_seq.set(gauge(bounds.newest));
+        if !self.started || !self.continues(bounds).await? {
+            self.begin(bounds, known).await?;
+        }
+        self.read_through(bounds.newest).await?;
+        self.hub.hold(false);
+        Ok(true)
+    }
+
+    /// Whether the log still holds what the ring ends with.
+    async fn continues(&self, bounds: read::Bounds) -> Result<bool, sqlx::Error> {
+        let newest = self.hub.high_water();
+        if newest > bounds.newest {
+            // Shorter than what we have seen, without a new epoch: a leader will write one when it hears of us. Until
+            // then nothing may be numbered on top.
+            tracing::error!(seen = newest, log = bounds.newest, "the log is shorter than what this node has seen");
+            return Err(sqlx::Error::Protocol("the log went back without a new epoch".into()));
+        }
+        if newest + 1 < bounds.oldest {
+            return Ok(false);
+        }
+        let Some(ours) = self.hub.id_at(newest) else { return Ok(true) };
+        match read::event_id(self.database.pool(), newest).await? {
+            Some(theirs) if theirs != ours => {
+                tracing::error!(seq = newest, "the log differs from what this node has seen");
+                Err(sqlx::Error::Protocol("the log diverged without a new epoch".into()))
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Begins the ring with the newest events of the log.
+    async fn begin(&mut self, bounds: read::Bounds, known: crate::cursor::Epochs) -> Result<(), sqlx::Error> {
+        let oldest = bounds.oldest.saturating_sub(1);
+        let base = bounds.newest.saturating_sub(WARM_EVENTS).max(oldest);
+        let base_id = read::event_id(self.database.pool(), base).await?;
+        self.hub.restart(base, base_id, known);
+        self.started = true;
+        Ok(())
+    }
+
+    async fn read_through(&mut self, through: Seq) -> Result<(), sqlx::Error> {
+        while self.hub.high_water() < through {
+            let after = self.hub.high_water();
+            self.metrics.log_queries_total.with_label_values(&["follow"]).inc();
+            let events = read::events(self.database.pool(), after, through, READ_EVENTS).await?;
+            if events.first().is_none_or(|event| event.seq != after + 1) {
+                // Retention overtook us while we read: begin anew with the next turn.
+                self.started = false;
+                return Err(sqlx::Error::Protocol("the log was trimmed while it was read".into()));
+            }
+            self.take(&events, "log");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,393 @@
+//! The hub: a node's window on the log, and the routing of what comes in to the subscriptions that want it.
+//!
+//! One writer, the follower: it appends events, and everything up to the end of the last whole transaction becomes
+//! deliverable. Readers are sessions: each is a position, and [`Hub::pull`] gives it what comes next from the cheapest
+//! place that has it: its group's frames, the ring, the log. Nothing is queued for anyone (invariant I7), and going from
+//! catch-up to live is nothing but reading on, so there is no window in between to lose an event in.
+//!
+//! Lock order: routes, then a group. The edge is published after the groups have their frames, so a session that reads
+//! the edge first and then finds nothing in its group knows that nothing up to the edge is for it.
+
+pub mod group;
+pub mod pages;
+pub mod plan;
+pub mod ring;
+pub mod routes;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::cursor::{Cursor, Epochs, Seq};
+use crate::event::{Event, Operation};
+use crate::hub::group::{Assembly, Frame, Group, Held, Plans, Signal, Span};
+use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
+use crate::hub::routes::Routes;
+use crate::log::incarnation::Known;
+use crate::telemetry::metrics::{Metrics, gauge};
+
+/// Events that one pull looks at, so that a session that catches up shares its thread.
+const PULL_EVENTS: usize = 1_000;
+/// Events of one table and batch that are routed between two looks at the clock; bounds the time routes are locked.
+const DISPATCH_EVENTS: usize = 2_000;
+
+/// How the hub works.
+#[derive(Clone, Copy, Debug)]
+pub struct HubOptions {
+    /// Age of events in the ring.
+    pub ring_window: Duration,
+    /// Memory of events in the ring, bytes.
+    pub ring_bytes: usize,
+    /// Largest frame, bytes, unless a single event is larger.
+    pub frame_bytes: usize,
+}
+
+/// How far this node can deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Edge {
+    /// Everything up to here may be delivered; inside a transaction only when that is larger than a frame.
+    pub deliverable: Cursor,
+    /// The end of the last whole transaction.
+    pub boundary: Cursor,
+    /// Rises whenever positions must be judged anew: a new epoch of the log.
+    pub generation: u64,
+    /// Nothing is delivered: the database may not be the one it was.
+    pub held: bool,
+}
+
+/// What comes next for a position.
+#[derive(Debug)]
+pub enum Pull {
+    /// A frame.
+    Frame(Arc<Frame>),
+    /// Nothing up to this position is for it.
+    Nothing(Cursor),
+    /// It has everything that this node can deliver.
+    Idle(Edge),
+    /// The ring no longer reaches back to it: read the log.
+    Log,
+}
+
+/// A node's window and routing. Shared by the follower, which writes, and every session.
+#[derive(Debug)]
+pub struct Hub {
+    options: HubOptions,
+    ring: RwLock<Ring>,
+    routes: Mutex<Routes>,
+    edge: watch::Sender<Edge>,
+    epochs: RwLock<Epochs>,
+    known: watch::Sender<Option<Known>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Hub {
+    /// A hub that knows nothing yet and is held.
+    #[must_use]
+    pub fn new(options: HubOptions, metrics: Arc<Metrics>) -> Self {
+        let start = Cursor::origin(0);
+        let edge = Edge { deliverable: start, boundary: start, generation: 0, held: true };
+        Self {
+            ring: RwLock::new(Ring::new(0, None, options.ring_window, options.ring_bytes)),
+            options,
+            routes: Mutex::default(),
+            edge: watch::channel(edge).0,
+            epochs: RwLock::default(),
+            known: watch::channel(None).0,
+            metrics,
+        }
+    }
+
+    /// How far this node can deliver.
+    #[must_use]
+    pub fn edge(&self) -> Edge {
+        *self.edge.borrow()
+    }
+
+    /// Tells of every change of the edge.
+    #[must_use]
+    pub fn watch_edge(&self) -> watch::Receiver<Edge> {
+        self.edge.subscribe()
+    }
+
+    /// The newest event that this node has, for whoever begins a term.
+    #[must_use]
+    pub fn watch_known(&self) -> watch::Receiver<Option<Known>> {
+        self.known.subscribe()
+    }
+
+    /// The epochs of the log.
+    #[must_use]
+    pub fn epochs(&self) -> Epochs {
+        self.epochs.read().clone()
+    }
+
+    /// The newest seq in the ring, deliverable or not.
+    #[must_use]
+    pub fn high_water(&self) -> Seq {
+        self.ring.read().newest()
+    }
+
+    /// How far back the ring reaches.
+    #[must_use]
+    pub fn ring_age(&self) -> Duration {
+        self.ring.read().age(Instant::now())
+    }
+
+    /// The position before the ring's first event.
+    #[must_use]
+    pub fn ring_base(&self) -> Seq {
+        self.ring.read().base()
+    }
+
+    /// The id of the event at `seq`, if the ring has it.
+    #[must_use]
+    pub fn id_at(&self, seq: Seq) -> Option<Uuid> {
+        self.ring.read().id_at(seq)
+    }
+
+    /// The cursor of an event.
+    #[must_use]
+    pub fn cursor_at(&self, seq: Seq, id: Uuid) -> Cursor {
+        Cursor::at(self.epochs.read().of(seq), seq, id)
+    }
+
+    /// Begins anew after `base`: the log does not continue what the ring held (or it never held anything).
+    pub fn restart(&self, base: Seq, base_id: Option<Uuid>, epochs: Epochs) {
+        let routes = self.routes.lock();
+        let start = Cursor::at(epochs.of(base), base, base_id.unwrap_or_default());
+        *self.epochs.write() = epochs;
+        *self.ring.write() = Ring::new(base, base_id, self.options.ring_window, self.options.ring_bytes);
+        for group in routes.iter() {
+            group.reset(base);
+        }
+        self.edge.send_modify(|edge| {
+            (edge.deliverable, edge.boundary) = (start, start);
+            edge.generation += 1;
+        });
+        self.tell_known();
+    }
+
+    /// Takes the epochs as they are now. Where a new one began before our newest event, the tail behind it is forgotten
+    /// and every position is judged anew. `start_id` is the id of the event at the newest epoch's start, if any.
+    pub fn set_epochs(&self, epochs: Epochs, start_id: Option<Uuid>) {
+        if *self.epochs.read() == epochs {
+            return;
+        }
+        let routes = self.routes.lock();
+        let start = epochs.start_of(epochs.newest()).unwrap_or_default();
+        *self.epochs.write() = epochs;
+        let (newest, id) = {
+            let mut ring = self.ring.write();
+            if start < ring.base() {
+                *ring = Ring::new(start, start_id, self.options.ring_window, self.options.ring_bytes);
+            } else {
+                ring.cut_after(start);
+            }
+            let newest = ring.newest();
+            (newest, ring.id_at(newest).or(start_id))
+        };
+        for group in routes.iter() {
+            group.reset(newest);
+        }
+        let end = self.cursor_at(newest, id.unwrap_or_default());
+        self.edge.send_modify(|edge| {
+            if edge.deliverable.seq > newest {
+                (edge.deliverable, edge.boundary) = (end, end);
+            }
+            edge.generation += 1;
+        });
+        drop(routes);
+        self.tell_known();
+    }
+
+    /// Stops or allows delivery.
+    pub fn hold(&self, held: bool) {
+        let changed = self.edge.send_if_modified(|edge| std::mem::replace(&mut edge.held, held) != held);
+        if changed {
+            for group in self.routes.lock().iter() {
+                group.wake_all();
+            }
+        }
+    }
+
+    /// Takes the events that follow the newest, and delivers what is whole.
+    ///
+    /// # Errors
+    /// [`NotContiguous`]; what came before the gap is in.
+    pub fn append(&self, events: &[Event], now: Instant) -> Result<(), NotContiguous> {
+        let verdict = self.ring.write().append(events, now);
+        for event in events.iter().filter(|event| event.operation == Operation::Schema) {
+            tracing::debug!(table = %event.table, seq = event.seq, "the table's shape changed");
+        }
+        self.deliver();
+        self.tell_known();
+        self.measure(now);
+        verdict
+    }
+
+    /// Lets the ring age while nothing comes in.
+    pub fn tick(&self, now: Instant) {
+        self.ring.write().trim(now);
+        self.measure(now);
+    }
+
+    fn measure(&self, now: Instant) {
+        let ring = self.ring.read();
+        self.metrics.ring_events.set(gauge(ring.len()));
+        self.metrics.ring_bytes.set(gauge(ring.bytes()));
+        self.metrics.ring_age_ms.set(gauge(ring.age(now).as_millis()));
+    }
+
+    fn tell_known(&self) {
+        let known = {
+            let ring = self.ring.read();
+            let seq = ring.newest();
+            ring.id_at(seq).map(|event_id| Known { seq, event_id })
+        };
+        self.known.send_replace(known);
+    }
+
+    /// Hands everything new and whole to the groups, then publishes the edge.
+    fn deliver(&self) {
+        loop {
+            let routes = self.routes.lock();
+            let edge = self.edge();
+            let ring = self.ring.read();
+            let Ok(whole) =
+                ring.whole_after(edge.deliverable.seq, ring.newest(), DISPATCH_EVENTS, self.options.frame_bytes)
+            else {
+                return;
+            };
+            drop(ring);
+            let Some(last) = whole.events.last() else { return };
+            let epochs = self.epochs.read().clone();
+            let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
+            let mut assemblies: HashMap<*const Group, (&Arc<Group>, Assembly)> = HashMap::new();
+            let mut span = Span::new(&epochs);
+            for event in &whole.events {
+                routes.each(event, |group| {
+                    let (_, assembly) =
+                        assemblies.entry(Arc::as_ptr(group)).or_insert_with(|| (group, Assembly::default()));
+                    assembly.add(&group.plans, event, &span, self.options.frame_bytes);
+                });
+                span.pass(event);
+            }
+            for (group, assembly) in assemblies.into_values() {
+                let frames = assembly.finish(end, whole.open);
+                if !frames.is_empty() {
+                    group.publish(frames);
+                }
+            }
+            self.edge.send_modify(|edge| {
+                edge.deliverable = end;
+                if !whole.open {
+                    edge.boundary = end;
+                }
+            });
+        }
+    }
+
+    /// Adds a subscription's interest; its group is made when it is the first of its kind.
+    pub fn join(self: &Arc<Self>, key: &str, id: &str, signal: &Arc<Signal>, plans: impl FnOnce() -> Plans) -> Tap {
+        let mut routes = self.routes.lock();
+        let group = match routes.find(key) {
+            Some(group) => Arc::clone(group),
+            None => {
+                let floor = self.edge().deliverable.seq;
+                let group = Arc::new(Group::new(key.into(), id.into(), plans(), floor));
+                routes.add(&group);
+                self.metrics.filter_groups.set(gauge(routes.len()));
+                group
+            }
+        };
+        group.listen(signal);
+        drop(routes);
+        self.metrics.subscriptions.inc();
+        Tap { hub: Arc::clone(self), group, signal: Arc::clone(signal) }
+    }
+
+    /// What comes after `after` for a group, from its frames or the ring.
+    #[must_use]
+    pub fn pull(&self, group: &Group, after: Seq) -> Pull {
+        // First the edge, then the frames: see the head.
+        let edge = self.edge();
+        if edge.held || after >= edge.deliverable.seq {
+            return Pull::Idle(edge);
+        }
+        match group.held(after) {
+            Held::Frame(frame) => Pull::Frame(frame),
+            Held::Nothing if edge.boundary.seq > after => Pull::Nothing(edge.boundary),
+            // The rest of an open transaction, none of it for this group so far.
+            Held::Nothing => Pull::Idle(edge),
+            Held::Behind => {
+                let read =
+                    self.ring.read().whole_after(after, edge.deliverable.seq, PULL_EVENTS, self.options.frame_bytes);
+                match read {
+                    Ok(whole) => self.frame_of(group, &whole).unwrap_or(Pull::Idle(edge)),
+                    Err(Gone) => Pull::Log,
+                }
+            }
+        }
+    }
+
+    /// The first frame for a group among `whole`, from the ring or from the log; None when that is empty.
+    #[must_use]
+    pub fn frame_of(&self, group: &Group, whole: &Whole) -> Option<Pull> {
+        let last = whole.events.last()?;
+        let epochs = self.epochs.read().clone();
+        let (mut span, mut assembly) = (Span::new(&epochs), Assembly::default());
+        for event in &whole.events {
+            assembly.add(&group.plans, event, &span, self.options.frame_bytes);
+            span.pass(event);
+        }
+        let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
+        // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
+        Some(match assembly.finish(end, whole.open).into_iter().next() {
+            Some(frame) => Pull::Frame(Arc::new(frame)),
+            None => Pull::Nothing(end),
+        })
+    }
+}
+
+/// A subscription's place in the hub; leaving is dropping it.
+#[derive(Debug)]
+pub struct Tap {
+    hub: Arc<Hub>,
+    group: Arc<Group>,
+    signal: Arc<Signal>,
+}
+
+impl Tap {
+    /// What it listens to.
+    #[must_use]
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// What comes after `after`.
+    #[must_use]
+    pub fn pull(&self, after: Seq) -> Pull {
+        self.hub.pull(&self.group, after)
+    }
+
+    /// Whether there may be news after `after`; cheap, for sessions with many subscriptions.
+    #[must_use]
+    pub fn has_news(&self, after: Seq) -> bool {
+        self.group.newest() > after
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.hub.metrics.subscriptions.dec();
+        let mut routes = self.hub.routes.lock();
+        if self.group.unlisten(&self.signal) {
+            routes.remove(&self.group);
+            self.hub.metrics.filter_groups.set(gauge(routes.len()));
+        }
+    }
+}

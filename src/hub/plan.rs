@@ -1,0 +1,287 @@
+//! What one table's events look like to one subscription: whether they are shown, with which columns, as what transition.
+//!
+//! Pure. The rules are those of the protocol's "Event" and "Masks and conditions". A row image that a key's row condition
+//! does not admit is never shown, not even to say that a row has left.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::auth::scope::{ColumnMask, OpSet, TableAccess};
+use crate::event::row::Row;
+use crate::event::{Event, Operation, push_json_string};
+use crate::filter::{Filter, Outcome, RowImage};
+
+/// One table's part of a subscription.
+#[derive(Clone, Debug)]
+pub struct TablePlan {
+    /// Operations that are both wished for and allowed.
+    pub ops: OpSet,
+    /// The subscription's `where`.
+    pub filter: Option<Filter>,
+    /// The key's row condition.
+    pub condition: Option<Filter>,
+    /// Columns that the key may read.
+    pub mask: ColumnMask,
+    /// Columns that the subscription wishes for.
+    pub columns: Option<Arc<BTreeSet<Box<str>>>>,
+}
+
+/// How an image stands to filter and condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Shown,
+    Filtered,
+    /// The row condition does not admit it: it does not exist for this key.
+    Hidden,
+    Unknown,
+}
+
+/// What is left out of an event, and the transition that it makes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Show {
+    transition: Option<&'static str>,
+    without_before: bool,
+    without_after: bool,
+}
+
+impl TablePlan {
+    /// Everything that the key may read, unfiltered.
+    #[must_use]
+    pub fn of_access(access: &TableAccess, ops: OpSet) -> Self {
+        let both = access.ops.iter().filter(|operation| ops.allows(*operation)).collect();
+        Self { ops: both, filter: None, condition: None, mask: access.columns.clone(), columns: None }
+    }
+
+    /// Whether events are passed on byte for byte.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.filter.is_none() && self.condition.is_none() && self.shows_all_columns()
+    }
+
+    fn shows_all_columns(&self) -> bool {
+        self.mask.is_all() && self.columns.is_none()
+    }
+
+    /// Appends the event as this plan shows it; false when it does not show it at all.
+    pub fn render(&self, event: &Event, out: &mut Vec<u8>) -> bool {
+        // SCHEMA passes `where` and `ops`: a client must hear that the shape has changed.
+        if event.operation != Operation::Schema && !self.ops.contains(OpSet::of(event.operation)) {
+            return false;
+        }
+        if self.is_plain() {
+            event.write_json(out);
+            return true;
+        }
+        let Ok(text) = std::str::from_utf8(&event.body) else { return false };
+        let Ok(body) = Row::parse(text) else { return false };
+        let Some(show) = self.judge(event, &body) else { return false };
+        let untouched = self.shows_all_columns() && !show.without_before && !show.without_after;
+        if untouched {
+            event.write_json_with(out, &event.body, show.transition);
+            return true;
+        }
+        if event.operation == Operation::Update && self.hides_the_whole_change(&body) {
+            return false;
+        }
+        let mut rewritten = String::with_capacity(text.len());
+        self.rewrite(event.operation, &body, show, &mut rewritten);
+        event.write_json_with(out, rewritten.as_bytes(), show.transition);
+        true
+    }
+
+    fn judge(&self, event: &Event, body: &Row<'_>) -> Option<Show> {
+        if event.omitted {
+            return self.condition.is_none().then(Show::default);
+        }
+        if matches!(event.operation, Operation::Truncate | Operation::Schema) {
+            return Some(Show::default());
+        }
+        if self.filter.is_none() && self.condition.is_none() {
+            return Some(Show::default());
+        }
+        match event.operation {
+            Operation::Update => self.judge_update(body),
+            Operation::Delete => match image(body, "before") {
+                Some(before) => one_image(self.verdict(&before)),
+                // Nothing to test; a condition must not be passed on trust.
+                None => self.condition.is_none().then_some(UNKNOWN),
+            },
+            Operation::Event => one_image(self.verdict(&DomainEvent::new(body))),
+            _ => one_image(image(body, "after").map_or(Verdict::Unknown, |after| self.verdict(&after))),
+        }
+    }
+
+    fn judge_update(&self, body: &Row<'_>) -> Option<Show> {
+        let after = image(body, "after").map_or(Verdict::Unknown, |after| self.verdict(&after));
+        let Some(before) = image(body, "before").map(|before| self.verdict(&before)) else {
+            // Without a before image `after` alone is tested and no transition told.
+            return match after {
+                Verdict::Shown => Some(Show::default()),
+                Verdict::Unknown if self.condition.is_none() => Some(UNKNOWN),
+                _ => None,
+            };
+        };
+        let (without_before, without_after) = (before == Verdict::Hidden, after == Verdict::Hidden);
+        let transition = match (before, after) {
+            (Verdict::Shown, Verdict::Shown) => None,
+            (Verdict::Filtered | Verdict::Hidden, Verdict::Shown) => Some("enter"),
+            (Verdict::Shown, Verdict::Filtered | Verdict::Hidden) => Some("leave"),
+            (Verdict::Filtered | Verdict::Hidden, Verdict::Filtered | Verdict::Hidden) => return None,
+            (Verdict::Unknown, _) | (_, Verdict::Unknown) => Some("unknown"),
+        };
+        Some(Show { transition, without_before, without_after })
+    }
+
+    fn verdict(&self, row: &dyn RowImage) -> Verdict {
+        if let Some(condition) = &self.condition
+            && condition.eval_checked(row) != Outcome::Matches
+        {
+            return Verdict::Hidden;
+        }
+        match self.filter.as_ref().map_or(Outcome::Matches, |filter| filter.eval_checked(row)) {
+            Outcome::Matches => Verdict::Shown,
+            Outcome::Differs => Verdict::Filtered,
+            Outcome::Undetermined => Verdict::Unknown,
+        }
+    }
+
+    /// Only columns that the key may not read have changed. (Columns that the client did not wish for do not count.)
+    fn hides_the_whole_change(&self, body: &Row<'_>) -> bool {
+        if self.mask.is_all() {
+            return false;
+        }
+        let Some(changed) = body.get("changed") else { return false };
+        let Ok(names) = serde_json::from_str::<Vec<String>>(changed) else { return false };
+        !names.iter().any(|name| self.mask.allows(name))
+    }
+
+    fn rewrite(&self, operation: Operation, body: &Row<'_>, show: Show, out: &mut String) {
+        let mut separator = '{';
+        for (name, value) in body.iter() {
+            let dropped = match name {
+                "before" => show.without_before,
+                "after" => show.without_after,
+                // A `leave` has only the old key, an `enter` only the new one: neither tells of the other image.
+                "key" => show.without_after && body.get("old_key").is_some(),
+                "old_key" => show.without_before || show.without_after,
+                "changed" => show.without_before || show.without_after,
+                _ => false,
+            };
+            if dropped {
+                continue;
+            }
+            out.push(separator);
+            separator = ',';
+            push_json_string(out, name);
+            out.push(':');
+            match name {
+                "before" | "after" if operation == Operation::Schema => self.mask_schema(value, out),
+                "before" | "after" if operation != Operation::Event => {
+                    self.mask_columns(value, out, |column| self.shows(column));
+                }
+                "key" | "old_key" if operation != Operation::Event => {
+                    self.mask_columns(value, out, |column| self.mask.allows(column));
+                }
+                "changed" | "unchanged" => self.mask_names(value, out),
+                _ => out.push_str(value),
+            }
+        }
+        if show.without_after
+            && let Some(old_key) = body.get("old_key")
+        {
+            out.push_str(",\"key\":");
+            self.mask_columns(old_key, out, |column| self.mask.allows(column));
+        }
+        out.push('}');
+    }
+
+    fn shows(&self, column: &str) -> bool {
+        self.mask.allows(column) && self.columns.as_ref().is_none_or(|columns| columns.contains(column))
+    }
+
+    fn mask_columns(&self, value: &str, out: &mut String, shown: impl Fn(&str) -> bool) {
+        let Ok(row) = Row::parse(value) else {
+            // null, or not a row at all: nothing that has columns.
+            out.push_str(if value == "null" { value } else { "{}" });
+            return;
+        };
+        out.push('{');
+        let mut first = true;
+        for (name, value) in row.iter().filter(|(name, _)| shown(name)) {
+            if !std::mem::take(&mut first) {
+                out.push(',');
+            }
+            push_json_string(out, name);
+            out.push(':');
+            out.push_str(value);
+        }
+        out.push('}');
+    }
+
+    fn mask_names(&self, value: &str, out: &mut String) {
+        let names = serde_json::from_str::<Vec<String>>(value).unwrap_or_default();
+        out.push('[');
+        for (index, name) in names.iter().filter(|name| self.shows(name)).enumerate() {
+            if index > 0 {
+                out.push(',');
+            }
+            push_json_string(out, name);
+        }
+        out.push(']');
+    }
+
+    /// `{"changes":[{…,"column":…}],"columns":[{"name":…}]}`: entries about hidden columns go.
+    fn mask_schema(&self, value: &str, out: &mut String) {
+        let mut described: serde_json::Value = serde_json::from_str(value).unwrap_or_default();
+        for (list, member) in [("changes", "column"), ("columns", "name")] {
+            if let Some(entries) = described.get_mut(list).and_then(serde_json::Value::as_array_mut) {
+                entries.retain(|entry| entry[member].as_str().is_none_or(|column| self.mask.allows(column)));
+            }
+        }
+        out.push_str(&described.to_string());
+    }
+}
+
+const UNKNOWN: Show = Show { transition: Some("unknown"), without_before: false, without_after: false };
+
+fn one_image(verdict: Verdict) -> Option<Show> {
+    match verdict {
+        Verdict::Shown => Some(Show::default()),
+        Verdict::Unknown => Some(UNKNOWN),
+        Verdict::Filtered | Verdict::Hidden => None,
+    }
+}
+
+fn image<'a>(body: &Row<'a>, name: &str) -> Option<Row<'a>> {
+    Row::parse(body.get(name)?).ok()
+}
+
+impl RowImage for Row<'_> {
+    fn column(&self, name: &str) -> Option<&str> {
+        self.get(name)
+    }
+}
+
+/// A domain event as a row: `aggregate_id`, `event_type`, `payload`.
+struct DomainEvent<'a> {
+    key: Option<Row<'a>>,
+    event_type: Option<&'a str>,
+    payload: Option<&'a str>,
+}
+
+impl<'a> DomainEvent<'a> {
+    fn new(body: &Row<'a>) -> Self {
+        Self { key: image(body, "key"), event_type: body.get("type"), payload: body.get("after") }
+    }
+}
+
+impl RowImage for DomainEvent<'_> {
+    fn column(&self, name: &str) -> Option<&str> {
+        match name {
+            "aggregate_id" => self.key.as_ref().and_then(|key| key.get("aggregate_id")),
+            "event_type" => self.event_type,
+            "payload" => self.payload,
+            _ => None,
+        }
+    }
+}
