@@ -15,6 +15,7 @@ use serde_json::value::RawValue;
 
 use self::line::{Paint, event_line, news};
 use crate::client::{Client, ClientError, ConnectOptions, Frame, Frames, Item, Resumed, Start, SubscribeOptions};
+use crate::dev;
 
 /// Show changes as they happen.
 ///
@@ -42,10 +43,11 @@ pub struct TailArgs {
     /// Where to begin: `now`, or a cursor that an earlier run printed.
     #[arg(long, default_value = "now", value_name = "now|CURSOR")]
     from: String,
-    /// Address of a node or a balancer; several, separated by commas, are tried in turn.
-    #[arg(long, env = "TIDEWIRE_URL", default_value = "http://127.0.0.1:7400", value_delimiter = ',')]
+    /// Address of a node or a balancer; several, separated by commas, are tried in turn. Without it: the `tidewire dev`
+    /// that you run.
+    #[arg(long, env = "TIDEWIRE_URL", value_delimiter = ',')]
     url: Vec<String>,
-    /// API key.
+    /// API key. Without it and without --url: that of the `tidewire dev` that you run.
     #[arg(long, env = "TIDEWIRE_KEY", hide_env_values = true)]
     key: Option<String>,
     /// Attempts to connect in a row before giving up.
@@ -64,13 +66,19 @@ pub struct TailArgs {
 
 impl TailArgs {
     fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
-        let mut urls = self.url.iter();
+        let (urls, key) = if self.url.is_empty() {
+            let dev = dev::running().context("no address: give --url or TIDEWIRE_URL, or start `tidewire dev`")?;
+            (vec![dev.load_balancer], self.key.clone().or(Some(dev.api_key)))
+        } else {
+            (self.url.clone(), self.key.clone())
+        };
+        let mut urls = urls.into_iter();
         let first = urls.next().context("no address: give --url")?;
-        let mut options = urls.fold(ConnectOptions::new(first), |options, url| options.or(url)).attempts(self.attempts);
-        if let Some(key) = &self.key {
-            options = options.key(key);
-        }
-        Ok(options)
+        let options = urls.fold(ConnectOptions::new(first), ConnectOptions::or).attempts(self.attempts);
+        Ok(match key {
+            Some(key) => options.key(key),
+            None => options,
+        })
     }
 
     fn subscribe_options(&self) -> SubscribeOptions {
@@ -273,6 +281,7 @@ fn soon(wait: Duration) -> String {
 }
 
 /// Adds the option of this command that mends the error.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that map_err wants")]
 fn explain(error: ClientError) -> anyhow::Error {
     let hint = match &error {
         ClientError::Closed { code: 4401 | 4408, .. } | ClientError::Rejected { status: 401, .. } => {

@@ -104,7 +104,7 @@ pub(super) fn read(text: &Utf8Bytes) -> Result<Incoming, serde_json::Error> {
     }
 }
 
-/// The order in which our servers write: type, id, prev, cursor, events, and `open` last.
+/// The order in which our servers write: type, id, prev, cursor, `open` when it is true, events.
 fn quick(text: &Utf8Bytes) -> Option<(String, Frame)> {
     let rest = text.strip_prefix(r#"{"type":"events","id":""#)?;
     let end = rest.bytes().position(|byte| byte == b'"' || byte == b'\\')?;
@@ -113,14 +113,12 @@ fn quick(text: &Utf8Bytes) -> Option<(String, Frame)> {
     let (prev, rest) = rest.split_at_checked(CURSOR_TEXT_LEN)?;
     let rest = rest.strip_prefix(r#"","cursor":""#)?;
     let (cursor, rest) = rest.split_at_checked(CURSOR_TEXT_LEN)?;
-    let events = rest.strip_prefix(r#"","events":"#)?;
+    let rest = rest.strip_prefix('"')?;
+    let (rest, open) = rest.strip_prefix(r#","open":true"#).map_or((rest, false), |rest| (rest, true));
+    let events = rest.strip_prefix(r#","events":"#)?;
     let (prev, cursor) = (prev.parse().ok()?, cursor.parse().ok()?);
     let start = text.len() - events.len();
-    let (length, open) = match events.strip_suffix(r#","open":true}"#) {
-        Some(events) => (events.len(), true),
-        None => (events.strip_suffix('}')?.len(), false),
-    };
-    let events = start..start + length;
+    let events = start..start + events.strip_suffix('}')?.len();
     if !text[events.clone()].ends_with(']') {
         return None;
     }
@@ -232,6 +230,17 @@ mod tests {
         assert_eq!((frame.prev(), frame.cursor()), (PREV.parse().ok(), CURSOR.parse().unwrap()));
         assert_eq!(frame.events_text(), events);
         assert_eq!(frame.parse().unwrap().iter().map(|event| event.seq).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn an_open_frame_is_read_without_a_parse_too() {
+        let text = format!(
+            r#"{{"type":"events","id":"a","prev":"{PREV}","cursor":"{CURSOR}","open":true,"events":[{}]}}"#,
+            event(2, "x")
+        );
+        assert!(quick(&text.clone().into()).is_some());
+        let (_, frame) = frame(text);
+        assert!(frame.open() && frame.parse().unwrap().len() == 1);
     }
 
     #[test]

@@ -28,8 +28,6 @@ const RETURN_POLL: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) struct Cluster {
     pub(super) database_url: String,
-    /// The balancer, or the first node.
-    pub(super) url: String,
     pub(super) nodes: Vec<Node>,
     key: Option<String>,
     dev: Option<Child>,
@@ -47,7 +45,6 @@ pub(super) struct Node {
 #[derive(Deserialize)]
 struct Announced {
     database_url: String,
-    load_balancer: String,
     api_key: String,
     nodes: Vec<Node>,
 }
@@ -55,16 +52,17 @@ struct Announced {
 impl Cluster {
     /// The given cluster, or one of our own with `nodes` nodes.
     pub(super) async fn of(common: &Common, nodes: usize) -> anyhow::Result<Self> {
-        match (&common.database_url, common.url.first()) {
-            (Some(database_url), Some(url)) => Ok(Self {
+        match (&common.database_url, common.url.is_empty()) {
+            (Some(database_url), false) => Ok(Self {
                 database_url: database_url.clone(),
-                url: url.clone(),
                 nodes: common.url.iter().map(|url| Node { name: String::new(), url: url.clone() }).collect(),
                 key: common.key.clone(),
                 dev: None,
             }),
-            (None, None) => Self::start(common, nodes).await,
-            _ => bail!("a given cluster needs both --database-url (to write) and --url (to read); without them one is started"),
+            (None, true) => Self::start(common, nodes).await,
+            _ => bail!(
+                "a given cluster needs both --database-url (to write) and --url (to read); without them one is started"
+            ),
         }
     }
 
@@ -84,7 +82,6 @@ impl Cluster {
         let announced: Announced = serde_json::from_str(&line).context("the first line of `tidewire dev --json`")?;
         Ok(Self {
             database_url: announced.database_url,
-            url: announced.load_balancer,
             nodes: announced.nodes,
             key: Some(announced.api_key),
             dev: Some(child),

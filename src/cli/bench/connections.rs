@@ -28,7 +28,8 @@ pub(super) struct ConnectionsArgs {
 pub(super) async fn run(args: &ConnectionsArgs, common: &Common, cluster: &Cluster) -> anyhow::Result<Report> {
     let mut report = Report::new("connections");
     let node = &cluster.nodes[0];
-    let process = cluster.process(&node.name).context("this bench reads a node's memory, so it needs a cluster of its own")?;
+    let process =
+        cluster.process(&node.name).context("this bench reads a node's memory, so it needs a cluster of its own")?;
     let urls = [node.url.clone()];
     wait(SETTLE, "the empty node").await;
     let count = f64::from(u32::try_from(args.count)?);
@@ -50,7 +51,12 @@ pub(super) async fn run(args: &ConnectionsArgs, common: &Common, cluster: &Clust
     }
     report.worst("empty node, resident", "MiB", Goal::AtMost(60.0), empty.get(..1).unwrap_or_default());
     // Later runs find memory that an earlier one had: the first is what a connection costs.
-    report.figure("idle connection, first run", "KiB", Some(Goal::AtMost(10.0)), each.iter().take(1).copied().collect());
+    report.figure(
+        "idle connection, first run",
+        "KiB",
+        Some(Goal::AtMost(10.0)),
+        each.iter().take(1).copied().collect(),
+    );
     if each.len() > 1 {
         report.figure("idle connection, all runs", "KiB", None, each);
     }

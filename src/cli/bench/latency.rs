@@ -39,8 +39,7 @@ pub(super) async fn run(args: &LatencyArgs, common: &Common, cluster: &Cluster) 
     let writer = Writer::find().await;
     let urls: Vec<_> = cluster.nodes.iter().map(|node| node.url.clone()).collect();
     let table = format!("event:{AGGREGATE}");
-    let subscribers =
-        listeners::connect(cluster, &urls, args.subscribers, &table, DEFAULT_READ_BUFFER_BYTES).await?;
+    let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, DEFAULT_READ_BUFFER_BYTES).await?;
     let (seen, measuring) = (Arc::new(Mutex::new(latencies()?)), Arc::new(AtomicBool::new(false)));
     let mut tasks = listeners::read(subscribers, |_| {
         let (seen, measuring) = (seen.clone(), measuring.clone());

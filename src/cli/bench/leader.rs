@@ -74,7 +74,8 @@ async fn kills(args: &LeaderArgs, cluster: &Cluster) -> anyhow::Result<Vec<f64>>
 async fn kill_leader(cluster: &Cluster, connection: &mut PgConnection) -> anyhow::Result<Duration> {
     let (term, node) = database::newest_term(connection).await?;
     let process = cluster.process(&node);
-    let process = process.with_context(|| format!("the leader `{node}` is no process of a cluster of this bench's own"))?;
+    let process =
+        process.with_context(|| format!("the leader `{node}` is no process of a cluster of this bench's own"))?;
     process.kill()?;
     let killed = Instant::now();
     let mut at_change = None;

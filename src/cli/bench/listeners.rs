@@ -47,8 +47,12 @@ where
             loop {
                 match frames.next().await {
                     Some(Ok(Item::Batch(frame))) => heard(&frame),
-                    Some(Ok(Item::Disconnected { cause, .. })) => return anyhow::anyhow!("a subscriber was cut off: {cause}"),
-                    Some(Ok(Item::Resync(resync))) => return anyhow::anyhow!("a subscriber must resync: {}", resync.message),
+                    Some(Ok(Item::Disconnected { cause, .. })) => {
+                        return anyhow::anyhow!("a subscriber was cut off: {cause}");
+                    }
+                    Some(Ok(Item::Resync(resync))) => {
+                        return anyhow::anyhow!("a subscriber must resync: {}", resync.message);
+                    }
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return error.into(),
                     None => return anyhow::anyhow!("a subscription ended"),

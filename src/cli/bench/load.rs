@@ -196,7 +196,10 @@ mod tests {
     fn a_password_reaches_pgbench_by_the_environment() {
         let mut command = Command::new("true");
         connection_settings(&mut command, "postgres://ada:p%40ss+@h:5/feed").unwrap();
-        let env: Vec<_> = command.as_std().get_envs().map(|(name, value)| (name.to_str(), value.unwrap().to_str())).collect();
-        assert!(env.contains(&(Some("PGPASSWORD"), Some("p@ss+"))) && env.contains(&(Some("PGDATABASE"), Some("feed"))));
+        let env: Vec<_> =
+            command.as_std().get_envs().map(|(name, value)| (name.to_str(), value.unwrap().to_str())).collect();
+        assert!(
+            env.contains(&(Some("PGPASSWORD"), Some("p@ss+"))) && env.contains(&(Some("PGDATABASE"), Some("feed")))
+        );
     }
 }

@@ -158,3 +158,24 @@ async fn wait(duration: Duration, what: &str) {
 fn now_us() -> i64 {
     chrono::Utc::now().timestamp_micros()
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        bench: super::BenchArgs,
+    }
+
+    #[test]
+    fn the_commands_of_the_examples_are_understood() {
+        Program::command().debug_assert();
+        for words in
+            ["latency", "fanout --subscribers 500 --json", "relay --held", "relay --sustained", "leader --kills 30"]
+        {
+            assert!(Program::try_parse_from(["bench"].into_iter().chain(words.split(' '))).is_ok(), "{words}");
+        }
+    }
+}

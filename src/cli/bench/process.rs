@@ -26,7 +26,8 @@ impl Process {
         let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
         // Behind the command's name: utime is the 12th field, stime the 13th.
         let (user, system) = (ticks(11).unwrap_or_default(), ticks(12).unwrap_or_default());
-        let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok()).unwrap_or(100);
+        let hertz =
+            sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok()).unwrap_or(100);
         Ok(Duration::from_micros((user + system) * 1_000_000 / hertz))
     }
 

@@ -88,8 +88,11 @@ impl Report {
         sorted.sort_by(f64::total_cmp);
         let (Some(min), Some(max)) = (sorted.first().copied(), sorted.last().copied()) else { return };
         let middle = sorted.len() / 2;
-        let median =
-            if sorted.len().is_multiple_of(2) { f64::midpoint(sorted[middle - 1], sorted[middle]) } else { sorted[middle] };
+        let median = if sorted.len().is_multiple_of(2) {
+            f64::midpoint(sorted[middle - 1], sorted[middle])
+        } else {
+            sorted[middle]
+        };
         let reached = goal.map(|goal| goal.is_reached(median));
         self.figures.push(Figure { name: name.into(), unit, median, min, max, goal, reached, runs });
     }
@@ -119,7 +122,8 @@ impl Report {
 
     fn text(&self) -> String {
         let Machine { processor, cores, memory_mb, kernel } = &self.machine;
-        let mut text = format!("\nbench {}\n  {processor}, {cores} cores, {memory_mb} MB, Linux {kernel}\n", self.bench);
+        let mut text =
+            format!("\nbench {}\n  {processor}, {cores} cores, {memory_mb} MB, Linux {kernel}\n", self.bench);
         let versions: Vec<_> = self.versions.iter().map(|(what, version)| format!("{what} {version}")).collect();
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  {}\n", versions.join(", "));

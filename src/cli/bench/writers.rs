@@ -54,7 +54,11 @@ pub(super) async fn run(args: &WritersArgs, common: &Common, cluster: &Cluster) 
                 let duration = Duration::from_secs(args.seconds);
                 let load = Load { sql: way.sql(), clients: *clients, rate: None, duration };
                 rates.push(writer.run(url, &load).await?);
-                database::execute(&mut quiet, "TRUNCATE tidewire_bench.plain, tidewire_bench.notifying, tidewire.outbox").await?;
+                database::execute(
+                    &mut quiet,
+                    "TRUNCATE tidewire_bench.plain, tidewire_bench.notifying, tidewire.outbox",
+                )
+                .await?;
                 relay::settle(&mut connection).await?;
                 database::execute(&mut quiet, "CHECKPOINT").await?;
                 spinner.finish_and_clear();
@@ -79,7 +83,9 @@ fn tell(report: &mut Report, clients: u32, rates: [Vec<f64>; 4]) {
     let share = |rates: &[f64]| rates.iter().zip(&plain).map(|(rate, plain)| rate / plain * 100.0).collect::<Vec<_>>();
     let shares = [share(&quiet), share(&relayed), share(&notify)];
     report.figure(format!("{clients} clients: {}", Way::Plain.name()), "tx/s", None, plain.clone());
-    for ((way, rates), shares) in [(Way::Quiet, quiet), (Way::Relayed, relayed), (Way::Notify, notify)].into_iter().zip(shares) {
+    for ((way, rates), shares) in
+        [(Way::Quiet, quiet), (Way::Relayed, relayed), (Way::Notify, notify)].into_iter().zip(shares)
+    {
         let goal = (way == Way::Quiet).then_some(Goal::AtLeast(80.0));
         report.figure(format!("{clients} clients: {}", way.name()), "tx/s", None, rates);
         report.figure("  … of plain", "%", goal, shares);
