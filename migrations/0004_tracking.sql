@@ -123,7 +123,7 @@ CREATE FUNCTION tidewire.tracked_options(relation oid) RETURNS jsonb LANGUAGE sq
     ORDER BY tgname LIMIT 1
 $$;
 
--- How a table looks to a subscriber: compared by the leader to see what changed. Null if there is no such table.
+-- How a table (or view) looks to a subscriber: compared by the leader to see what changed. Null if there is none.
 CREATE FUNCTION tidewire.table_fingerprint(relation oid) RETURNS jsonb LANGUAGE sql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
@@ -151,7 +151,7 @@ CREATE FUNCTION tidewire.table_fingerprint(relation oid) RETURNS jsonb LANGUAGE 
             SELECT coalesce(jsonb_agg(tidewire.table_text(relid) ORDER BY relid), '[]')
             FROM pg_partition_tree(c.oid) WHERE isleaf AND relid <> c.oid))
     FROM pg_class c
-    WHERE c.oid = relation AND relkind IN ('r', 'p')
+    WHERE c.oid = relation AND relkind IN ('r', 'p', 'v', 'm', 'f')
 $$;
 COMMENT ON FUNCTION tidewire.table_fingerprint(oid) IS 'Name, columns, key, capture triggers and partitions of a table; null if it is gone.';
 
