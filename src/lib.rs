@@ -5,11 +5,8 @@
 pub mod auth;
 pub mod backoff;
 pub mod cli;
-<<<<<<< HEAD
 pub mod cluster;
-=======
 pub mod client;
->>>>>>> client
 pub mod cursor;
 pub mod dev;
 pub mod event;
