@@ -14,8 +14,11 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::cursor::{Cursor, Epochs, Seq};
-use crate::event::Event;
+use crate::event::row::Row;
+use crate::event::{Event, Operation};
 use crate::hub::plan::TablePlan;
+use crate::hub::shape::broken_by;
+use crate::protocol::message::ResyncReason;
 
 /// Frames are cut at the end of a transaction once they are this large, bytes.
 pub const FRAME_TARGET_BYTES: usize = 64 << 10;
@@ -113,6 +116,18 @@ impl Plans {
         }
     }
 
+    /// Why a subscription cannot go on after `event`; None: it can. Globs take tables as they are.
+    #[must_use]
+    pub fn broken_by(&self, event: &Event) -> Option<(ResyncReason, String)> {
+        let Self::Exact(plans) = self else { return None };
+        if event.operation != Operation::Schema {
+            return None;
+        }
+        let plan = plans.get(&event.table)?;
+        let body = Row::parse(std::str::from_utf8(&event.body).ok()?).ok()?;
+        broken_by(plan, body.get("after")?)
+    }
+
     /// Forgets what was resolved: a table's shape has changed.
     pub fn forget(&self) {
         if let Self::Globs { known, .. } = self {
@@ -148,6 +163,17 @@ struct Live {
     listeners: Vec<Arc<Signal>>,
 }
 
+/// That and why a subscription cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// What comes after this is not for it any more.
+    pub seq: Seq,
+    /// Why.
+    pub reason: ResyncReason,
+    /// Why, in words.
+    pub message: String,
+}
+
 /// Everyone with the same subscription.
 #[derive(Debug)]
 pub struct Group {
@@ -159,6 +185,7 @@ pub struct Group {
     pub plans: Plans,
     live: Mutex<Live>,
     newest: AtomicU64,
+    ended: OnceLock<Arc<Ended>>,
 }
 
 /// What a group has after a position.
@@ -177,7 +204,19 @@ impl Group {
     #[must_use]
     pub fn new(key: Arc<str>, id: Arc<str>, plans: Plans, floor: Seq) -> Self {
         let live = Live { frames: VecDeque::new(), bytes: 0, floor, listeners: Vec::new() };
-        Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor) }
+        Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor), ended: OnceLock::new() }
+    }
+
+    /// Ends it after `seq`: whoever has everything up to there is to be told why. The first end counts. Wakes everyone.
+    pub fn end(&self, seq: Seq, reason: ResyncReason, message: String) {
+        let _ = self.ended.set(Arc::new(Ended { seq, reason, message }));
+        self.wake_all();
+    }
+
+    /// Where and why it ended.
+    #[must_use]
+    pub fn ended(&self) -> Option<&Arc<Ended>> {
+        self.ended.get()
     }
 
     /// Tells `signal` of news from now on.
