@@ -254,6 +254,13 @@ impl Hub {
         verdict
     }
 
+    /// Has globs find their plans anew: what is known of tables has changed.
+    pub fn forget_plans(&self) {
+        for group in self.routes.lock().iter() {
+            group.plans.forget();
+        }
+    }
+
     /// Lets the ring age while nothing comes in.
     pub fn tick(&self, now: Instant) {
         self.ring.write().trim(now);
