@@ -222,7 +222,7 @@ impl Cluster {
     async fn beat(&self) {
         let (report, own) = ((self.report)(), self.limiter.own());
         let pool = self.database.pool();
-        let heard = timeout(HEARTBEAT_TIMEOUT, registry::heartbeat(&pool, &self.identity, &report, &own)).await;
+        let heard = timeout(HEARTBEAT_TIMEOUT, registry::heartbeat(pool, &self.identity, &report, &own)).await;
         match heard {
             Ok(Ok(heard)) => self.hear(heard),
             Ok(Err(error)) => self.fail(&error),

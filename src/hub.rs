@@ -30,7 +30,6 @@ use crate::hub::group::{Assembly, Ended, Frame, Group, Held, Plans, Signal, Span
 use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
 use crate::hub::routes::Routes;
 use crate::log::incarnation::Known;
-use crate::protocol::message::ResyncReason;
 use crate::telemetry::metrics::{Metrics, gauge};
 
 /// Events that one pull looks at, so that a session that catches up shares its thread.
@@ -303,8 +302,8 @@ impl Hub {
                 if !frames.is_empty() {
                     group.publish(frames);
                 }
-                if let Some((seq, reason, message)) = ended {
-                    group.end(seq, reason, message);
+                if let Some(ended) = ended {
+                    group.end(ended);
                     // Whoever joins from now on gets a group of its own; listeners keep this one's frames.
                     routes.retire(&group);
                     self.metrics.filter_groups.set(gauge(routes.len()));
@@ -402,7 +401,7 @@ impl Hub {
 struct Dispatched {
     group: Arc<Group>,
     frames: Vec<Frame>,
-    ended: Option<(Seq, ResyncReason, String)>,
+    ended: Option<Ended>,
 }
 
 /// Renders `whole` for every group that may show any of it.
@@ -423,7 +422,7 @@ fn dispatch(routes: &Routes, whole: &Whole, epochs: &Epochs, end: Cursor, frame_
             if let Some((reason, message)) = group.plans.broken_by(event) {
                 let assembly = std::mem::take(&mut slot.1);
                 let frames = assembly.finish(Cursor::at(epochs.of(event.seq), event.seq, event.id), false);
-                let (group, because) = (Arc::clone(group), Some((event.seq, reason, message)));
+                let (group, because) = (Arc::clone(group), Some(Ended { seq: event.seq, reason, message }));
                 ended.insert(Arc::as_ptr(&group), Dispatched { group, frames, ended: because });
             }
         });

@@ -207,9 +207,9 @@ impl Group {
         Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor), ended: OnceLock::new() }
     }
 
-    /// Ends it after `seq`: whoever has everything up to there is to be told why. The first end counts. Wakes everyone.
-    pub fn end(&self, seq: Seq, reason: ResyncReason, message: String) {
-        let _ = self.ended.set(Arc::new(Ended { seq, reason, message }));
+    /// Ends it: whoever has everything up to there is to be told why. The first end counts. Wakes everyone.
+    pub fn end(&self, ended: Ended) {
+        let _ = self.ended.set(Arc::new(ended));
         self.wake_all();
     }
 

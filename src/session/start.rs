@@ -31,6 +31,8 @@ use crate::table_name::{TableName, TablePattern};
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries meanwhile.
 const RETRY: Duration = Duration::from_millis(200);
+/// Looks at tables whose shape changes again and again.
+const MAX_LOOKS: usize = 5;
 /// Names and globs of one subscription.
 pub const MAX_TABLES: usize = 256;
 
@@ -75,20 +77,21 @@ pub async fn start(
     signal: &Arc<Signal>,
 ) -> Result<Started, NotStarted> {
     let wish = Wish::read(subscribe)?;
-    let (key, plans) = plan(context, scopes, subscribe, &wish).await?;
     let asked = match &subscribe.from {
         From::Now => None,
-        From::Cursor(text) | From::SnapshotIfGone(text) => Some(text.parse::<Cursor>().map_err(|malformed| {
-            gone(context, ResyncReason::CursorInvalid, malformed.to_string())
-        })?),
+        From::Cursor(text) | From::SnapshotIfGone(text) => Some(
+            text.parse::<Cursor>()
+                .map_err(|malformed| gone(context, ResyncReason::CursorInvalid, malformed.to_string()))?,
+        ),
         From::Snapshot => {
-            let what = "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
+            let what =
+                "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
             return Err(WireError::never(ErrorCode::Unsupported, what).into());
         }
     };
     let edge = settled(context).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
-    let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+    let tap = join(context, scopes, subscribe, &wish, signal).await?;
     let Some(cursor) = asked else {
         let edge = context.hub.edge();
         let (cursor, generation) = (edge.boundary, edge.generation);
@@ -97,11 +100,33 @@ pub async fn start(
     match resume(context, cursor, edge).await {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
         Err(NotStarted::Resync(resync)) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
-            let what = format!("the cursor is gone ({}) and snapshots are not offered by this version", resync.reason.as_str());
+            let what = format!(
+                "the cursor is gone ({}) and snapshots are not offered by this version",
+                resync.reason.as_str()
+            );
             Err(WireError::never(ErrorCode::Unsupported, what).into())
         }
         Err(other) => Err(other),
     }
+}
+
+/// A place in the hub. Where a table's shape changed between the look at it and joining, those who had joined before
+/// were told; whoever was not there yet looks again.
+async fn join(
+    context: &Arc<Context>,
+    scopes: &Arc<Scopes>,
+    subscribe: &Subscribe,
+    wish: &Wish,
+    signal: &Arc<Signal>,
+) -> Result<Tap, WireError> {
+    for _ in 0..MAX_LOOKS {
+        let Planned { key, plans, tables } = plan(context, scopes, subscribe, wish).await?;
+        let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+        if tables.iter().all(|table| context.registry.is_current(table)) {
+            return Ok(tap);
+        }
+    }
+    Err(unavailable("the tables' shape is being changed right now"))
 }
 
 /// The parts of a wish that need no database.
@@ -138,7 +163,8 @@ impl Wish {
             Some(ops) => Some(
                 ops.iter()
                     .map(|text| {
-                        let what = || refuse(format!("operation {text:?}: use INSERT, UPDATE, DELETE, TRUNCATE or EVENT"));
+                        let what =
+                            || refuse(format!("operation {text:?}: use INSERT, UPDATE, DELETE, TRUNCATE or EVENT"));
                         Operation::parse(text).map(OpSet::of).ok_or_else(what)
                     })
                     .try_fold(OpSet::NONE, |all, one| one.map(|one| all.with(one)))?,
@@ -152,34 +178,47 @@ impl Wish {
 }
 
 /// What the subscription is shown, and the key that equal ones share.
+struct Planned {
+    key: String,
+    plans: Plans,
+    // As it looked when its plan was made.
+    tables: Vec<Arc<TableInfo>>,
+}
+
 async fn plan(
     context: &Arc<Context>,
     scopes: &Arc<Scopes>,
     subscribe: &Subscribe,
     wish: &Wish,
-) -> Result<(String, Plans), WireError> {
+) -> Result<Planned, WireError> {
+    let mut tables = Vec::new();
     let mut key = format!("{:?}{:?}{:?}", subscribe.id, wish.ops, wish.columns);
     let mut exact = HashMap::new();
     for pattern in &wish.patterns {
         let TablePattern::Exact(name) = pattern else { continue };
         let access = scopes.table(name.as_str()).ok_or_else(|| {
-            WireError::never(ErrorCode::Forbidden, format!("this key may not read {name}: ask for a key whose scopes have it"))
+            WireError::never(
+                ErrorCode::Forbidden,
+                format!("this key may not read {name}: ask for a key whose scopes have it"),
+            )
         })?;
         let info = if name.is_event() { None } else { Some(known(context, name).await?) };
         let plan = table_plan(name, info.as_deref(), access, subscribe, wish)?;
         let relid = info.as_ref().map_or(0, |info| info.relid);
         let filter = plan.filter.as_ref().map(Filter::canonical);
-        let types = info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
+        let types =
+            info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
         let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}");
         exact.insert(Arc::<str>::from(name.as_str()), Arc::new(plan));
+        tables.extend(info);
     }
     if !wish.patterns.iter().any(TablePattern::is_glob) {
-        return Ok((key, Plans::Exact(exact)));
+        return Ok(Planned { key, plans: Plans::Exact(exact), tables });
     }
     let described = serde_json::to_string(&**scopes).unwrap_or_default();
     let _ = write!(key, "|{:?}{described}", wish.patterns);
     let resolve = glob_resolver(Arc::clone(&context.registry), Arc::clone(scopes), wish, exact);
-    Ok((key, Plans::Globs { resolve, known: parking_lot::Mutex::default() }))
+    Ok(Planned { key, plans: Plans::Globs { resolve, known: parking_lot::Mutex::default() }, tables })
 }
 
 /// Plans of tables as they appear. What a key's condition does not fit is not shown.
@@ -229,7 +268,8 @@ async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, Wi
                 return Err(WireError::never(ErrorCode::NotTracked, what));
             }
             Ok(Lookup::Unknown) => {
-                let what = format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
+                let what =
+                    format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
                 return Err(WireError::never(ErrorCode::UnknownTable, what));
             }
             Err(error) if Instant::now() >= until => {
@@ -270,9 +310,8 @@ fn table_plan(
         })?);
     }
     if let Some(text) = &subscribe.filter {
-        let filter = Filter::compile(text, &columns).map_err(|error| {
-            WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}"))
-        })?;
+        let filter = Filter::compile(text, &columns)
+            .map_err(|error| WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}")))?;
         for column in filter.columns() {
             may_use(name, info, access, column)?;
         }

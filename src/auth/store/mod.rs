@@ -316,6 +316,10 @@ impl KeyStore {
 
     async fn look_up(&self, key_id: &KeyId) -> Result<Arc<Entry>, AuthError> {
         let _place = timeout(QUERY_TIMEOUT, self.lookups.acquire()).await.map_err(|_| AuthError::Unavailable)?;
+        // Another may have found out while this one waited.
+        if self.unknown.get(key_id).await.is_some() {
+            return Err(AuthError::Unknown);
+        }
         for _ in 0..MAX_ATTEMPTS {
             self.counters.lookups.fetch_add(1, Ordering::Relaxed);
             let mark = self.mark(key_id).load(Ordering::Acquire);
