@@ -4,6 +4,8 @@
 
 pub mod auth;
 pub mod backoff;
+pub mod cli;
+pub mod cluster;
 pub mod cursor;
 pub mod dev;
 pub mod event;

@@ -30,6 +30,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (2, "writing", include_str!("../../migrations/0002_writing.sql")),
     (3, "capture", include_str!("../../migrations/0003_capture.sql")),
     (4, "tracking", include_str!("../../migrations/0004_tracking.sql")),
+    (5, "tickets", include_str!("../../migrations/0005_tickets.sql")),
 ];
 
 /// What [`migrate`] did.

@@ -10,6 +10,7 @@
 pub mod identity;
 pub mod listen;
 pub mod migrate;
+pub mod registry;
 pub mod settings;
 pub mod url;
 

@@ -1,5 +1,6 @@
 //! Integration tests: real Postgres, real nodes; a module for each promise.
 
+mod auth;
 mod migrations;
 mod private_server;
 mod support;

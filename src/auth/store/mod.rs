@@ -23,7 +23,6 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use moka::future::Cache;
 use parking_lot::Mutex;
-use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +34,7 @@ pub use self::rows::{
     CreateKeyError, KeyInfo, MAX_KEY_NAME_CHARS, MAX_LISTED_KEYS, Revocation, create_key, list, revoke,
 };
 use crate::auth::key::{ApiKey, KeyHash, KeyId};
+use crate::postgres::Database;
 use crate::protocol::close::CloseCode;
 
 /// How long a key's row is believed without being read again.
@@ -116,7 +116,7 @@ pub struct KeyStoreCounts {
 /// Judges API keys; see the module. One for each node, shared in an `Arc`.
 #[derive(Debug)]
 pub struct KeyStore {
-    pool: PgPool,
+    database: Arc<Database>,
     cached: Cache<KeyId, Arc<Entry>>,
     unknown: Cache<KeyId, ()>,
     /// Every entry that the cache or an access holds: where a change finds them.
@@ -138,11 +138,11 @@ struct Counters {
 }
 
 impl KeyStore {
-    /// An empty store over the direct or the pooled connections: it needs no session state.
+    /// An empty store. Asks the database's pool of the moment, since a failover replaces it.
     #[must_use]
-    pub fn new(pool: PgPool) -> Self {
+    pub fn new(database: Arc<Database>) -> Self {
         Self {
-            pool,
+            database,
             cached: Cache::builder().max_capacity(MAX_CACHED_KEYS).time_to_live(KEY_CACHE_TTL).build(),
             unknown: Cache::builder().max_capacity(MAX_UNKNOWN_KEYS).time_to_live(UNKNOWN_KEY_TTL).build(),
             entries: Mutex::default(),
@@ -206,7 +206,7 @@ impl KeyStore {
             return Ok(());
         }
         let key_ids: Vec<KeyId> = known.keys().cloned().collect();
-        let versions = self.ask(rows::read_versions(&self.pool, &key_ids)).await?;
+        let versions = self.ask(rows::read_versions(&self.database.pool(), &key_ids)).await?;
         let now: HashMap<&str, (i64, bool)> =
             versions.iter().map(|(id, version, expired)| (id.as_str(), (*version, *expired))).collect();
         let mut changed = key_ids;
@@ -252,7 +252,7 @@ impl KeyStore {
         if uses.is_empty() {
             return Ok(());
         }
-        let stored = self.ask(rows::store_last_used(&self.pool, &uses)).await;
+        let stored = self.ask(rows::store_last_used(&self.database.pool(), &uses)).await;
         if stored.is_err() {
             for (key_id, at) in uses {
                 self.note_use(&key_id, at);
@@ -319,7 +319,7 @@ impl KeyStore {
         for _ in 0..MAX_ATTEMPTS {
             self.counters.lookups.fetch_add(1, Ordering::Relaxed);
             let mark = self.mark(key_id).load(Ordering::Acquire);
-            let row = self.ask(rows::read(&self.pool, std::slice::from_ref(key_id))).await?.pop();
+            let row = self.ask(rows::read(&self.database.pool(), std::slice::from_ref(key_id))).await?.pop();
             match row {
                 Some(row) => {
                     if let Some(entry) = self.adopt(row, mark) {
@@ -354,7 +354,7 @@ impl KeyStore {
 
     /// Reads these keys and holds their entries against it. Only with the turn in hand.
     async fn refresh(&self, key_ids: &[KeyId]) -> Result<(), AuthError> {
-        let read = self.ask(rows::read(&self.pool, key_ids)).await;
+        let read = self.ask(rows::read(&self.database.pool(), key_ids)).await;
         let now: HashMap<&str, &KeyRow> = read.iter().flatten().map(|row| (row.key_id.as_str(), row)).collect();
         for key_id in key_ids {
             let holds =

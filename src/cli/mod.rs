@@ -1,0 +1,3 @@
+//! The commands of the `tidewire` program; one file each.
+
+pub mod keys;

@@ -1,0 +1,499 @@
+//! Who is let in, for how long, and how many at a time: keys, tickets and limits against a real Postgres.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{TimeDelta, Utc};
+use sqlx::postgres::PgListener;
+use tidewire::auth::key::{ApiKey, KeyId};
+use tidewire::auth::scope::Scopes;
+use tidewire::auth::store::{self, Access, AuthError, KeyStore, Revocation};
+use tidewire::auth::ticket::{MAX_PENDING_TICKETS, TicketError, Tickets};
+use tidewire::cluster::{Cluster, ConnectionLimiter};
+use tidewire::postgres::Database;
+use tidewire::postgres::registry::{self, NodeIdentity, NodeReport, NodeState};
+use tidewire::protocol::close::CloseCode;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::support::DEADLINE;
+use crate::support::postgres::{TestDatabase, database};
+
+/// A node's connections to the test's database.
+fn connect(db: &TestDatabase) -> Arc<Database> {
+    Arc::new(Database::new(&db.url, None, "test", 5).unwrap())
+}
+
+fn key_store(db: &TestDatabase) -> Arc<KeyStore> {
+    Arc::new(KeyStore::new(connect(db)))
+}
+
+async fn new_key(db: &TestDatabase) -> ApiKey {
+    store::create_key(&db.pool, "test", &Scopes::all(10), None).await.unwrap()
+}
+
+async fn enter(store: &KeyStore, key: &ApiKey) -> Result<Access, AuthError> {
+    store.authenticate(key.expose(), Utc::now()).await
+}
+
+async fn ended(access: &Access) -> CloseCode {
+    tokio::time::timeout(DEADLINE, access.ended()).await.expect("the access ends")
+}
+
+/// Runs a change of one key by hand.
+async fn change(db: &TestDatabase, key: &ApiKey, sql: &'static str) {
+    let done = sqlx::query(sql).bind(key.id().as_str()).execute(&db.pool).await.unwrap();
+    assert_eq!(done.rows_affected(), 1, "{sql}");
+}
+
+#[tokio::test]
+async fn a_new_key_is_let_in_with_its_scopes() {
+    let db = database().await;
+    let scopes: Scopes = serde_json::from_value(serde_json::json!({"tables": [{"table": "orders"}]})).unwrap();
+    let key = store::create_key(&db.pool, "web", &scopes, None).await.unwrap();
+    let access = enter(&key_store(&db), &key).await.unwrap();
+    assert_eq!((&access.key_id, &*access.name, &*access.scopes), (key.id(), "web", &scopes));
+    assert_eq!(access.ended_now(), None);
+
+    let listed = store::list(&db.pool).await.unwrap();
+    assert_eq!((listed.len(), listed[0].name.as_str(), listed[0].is_active), (1, "web", true));
+    let stored: Vec<u8> =
+        sqlx::query_scalar("SELECT key_hash FROM tidewire.api_keys").fetch_one(&db.pool).await.unwrap();
+    assert_eq!(stored, key.hash().as_bytes());
+}
+
+#[tokio::test]
+async fn who_does_not_hold_the_secret_learns_nothing() {
+    let db = database().await;
+    let store = key_store(&db);
+    let (active, revoked, expired) = (new_key(&db).await, new_key(&db).await, new_key(&db).await);
+    store::revoke(&db.pool, revoked.id()).await.unwrap();
+    change(&db, &expired, "UPDATE tidewire.api_keys SET expires_at = now() - interval '1 s' WHERE key_id = $1").await;
+    assert_eq!(enter(&store, &revoked).await.unwrap_err(), AuthError::Revoked);
+    assert_eq!(enter(&store, &expired).await.unwrap_err(), AuthError::Expired);
+
+    // The same rows, but with another's hash: whoever presents such a key has the id and not the secret.
+    sqlx::query("UPDATE tidewire.api_keys SET key_hash = decode(repeat('ab', 32), 'hex')")
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    let store = key_store(&db);
+    let mut answers = vec![store.authenticate("cdc_mistyped", Utc::now()).await.unwrap_err()];
+    for key in [&active, &revoked, &expired, &ApiKey::generate(&mut rand::rng())] {
+        answers.push(enter(&store, key).await.unwrap_err());
+    }
+    let first = (answers[0].to_string(), answers[0].close_code());
+    assert!(answers.iter().all(|answer| (answer.to_string(), answer.close_code()) == first), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_storm_of_one_key_asks_postgres_once() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    let unknown = ApiKey::generate(&mut rand::rng());
+    let storm = |key: ApiKey| {
+        let store = Arc::clone(&store);
+        futures_util::future::join_all((0..300).map(move |_| {
+            let (store, key) = (Arc::clone(&store), key.clone());
+            tokio::spawn(async move { enter(&store, &key).await.is_ok() })
+        }))
+    };
+    assert!(storm(key).await.into_iter().all(Result::unwrap));
+    assert_eq!(store.counts().lookups, 1);
+    assert!(!storm(unknown.clone()).await.into_iter().any(Result::unwrap));
+    assert_eq!(enter(&store, &unknown).await.unwrap_err(), AuthError::Unknown);
+    let counts = store.counts();
+    assert_eq!((counts.lookups, counts.judged, counts.refused), (2, 601, 301));
+}
+
+#[tokio::test]
+async fn a_key_that_was_unknown_is_let_in_as_soon_as_it_exists() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    change(&db, &key, "UPDATE tidewire.api_keys SET key_id = 'x' WHERE key_id = $1").await;
+    assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Unknown);
+    sqlx::query("UPDATE tidewire.api_keys SET key_id = $1").bind(key.id().as_str()).execute(&db.pool).await.unwrap();
+    store.invalidate(key.id().as_str()).await.unwrap();
+    enter(&store, &key).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_revocation_ends_every_access_on_every_node_by_its_notification() {
+    let db = database().await;
+    let (key, other) = (new_key(&db).await, new_key(&db).await);
+    let mut accesses = Vec::new();
+    let mut kept = Vec::new();
+    for _ in 0..2 {
+        let store = key_store(&db);
+        let mut listener = PgListener::connect(&db.url).await.unwrap();
+        listener.listen("tidewire_keys").await.unwrap();
+        accesses.extend([enter(&store, &key).await.unwrap(), enter(&store, &key).await.unwrap()]);
+        kept.push(enter(&store, &other).await.unwrap());
+        tokio::spawn(async move {
+            while let Ok(heard) = listener.recv().await {
+                store.invalidate(heard.payload()).await.unwrap();
+            }
+        });
+    }
+    assert_eq!(store::revoke(&db.pool, key.id()).await.unwrap(), Revocation::Revoked);
+    for access in &accesses {
+        assert_eq!(ended(access).await, CloseCode::KeyRevoked);
+    }
+    assert!(kept.iter().all(|access| access.ended_now().is_none()));
+    assert_eq!(store::revoke(&db.pool, key.id()).await.unwrap(), Revocation::AlreadyRevoked);
+    assert_eq!(store::revoke(&db.pool, &KeyId::from_stored("none")).await.unwrap(), Revocation::UnknownKey);
+}
+
+#[tokio::test]
+async fn a_lost_notification_is_made_good_by_the_recheck() {
+    let db = database().await;
+    let store = key_store(&db);
+    let changes: [(&str, Option<CloseCode>); 6] = [
+        ("UPDATE tidewire.api_keys SET is_active = false WHERE key_id = $1", Some(CloseCode::KeyRevoked)),
+        ("DELETE FROM tidewire.api_keys WHERE key_id = $1", Some(CloseCode::KeyRevoked)),
+        ("UPDATE tidewire.api_keys SET scopes = '{\"admin\":true}' WHERE key_id = $1", Some(CloseCode::TokenExpired)),
+        ("UPDATE tidewire.api_keys SET key_hash = '\\x00' WHERE key_id = $1", Some(CloseCode::TokenExpired)),
+        ("UPDATE tidewire.api_keys SET expires_at = now() WHERE key_id = $1", Some(CloseCode::KeyExpired)),
+        ("UPDATE tidewire.api_keys SET name = 'other' WHERE key_id = $1", None),
+    ];
+    let mut accesses = Vec::new();
+    for (sql, code) in changes {
+        let key = new_key(&db).await;
+        accesses.push((enter(&store, &key).await.unwrap(), code));
+        change(&db, &key, sql).await;
+    }
+    assert!(accesses.iter().all(|(access, _)| access.ended_now().is_none()));
+    store.recheck().await.unwrap();
+    for (access, code) in &accesses {
+        assert_eq!(access.ended_now(), *code);
+    }
+    store.recheck().await.unwrap();
+    assert_eq!(accesses[5].0.ended_now(), None, "a change that grants nothing else is taken in once");
+}
+
+#[tokio::test]
+async fn an_access_that_ended_does_not_shut_out_who_comes_back() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    let before = enter(&store, &key).await.unwrap();
+    change(&db, &key, "UPDATE tidewire.api_keys SET scopes = '{\"admin\":true}' WHERE key_id = $1").await;
+    store.invalidate(key.id().as_str()).await.unwrap();
+    assert_eq!(ended(&before).await, CloseCode::TokenExpired);
+    let after = enter(&store, &key).await.unwrap();
+    assert!(after.scopes.admin() && after.scopes.tables().is_empty());
+    assert_eq!(after.ended_now(), None);
+}
+
+#[tokio::test]
+async fn emptying_the_table_revokes_every_key() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    let access = enter(&store, &key).await.unwrap();
+    let mut listener = PgListener::connect(&db.url).await.unwrap();
+    listener.listen("tidewire_keys").await.unwrap();
+    sqlx::query("TRUNCATE tidewire.api_keys").execute(&db.pool).await.unwrap();
+    let heard = tokio::time::timeout(DEADLINE, listener.recv()).await.unwrap().unwrap();
+    store.invalidate(heard.payload()).await.unwrap();
+    assert_eq!(ended(&access).await, CloseCode::KeyRevoked);
+    assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Unknown);
+}
+
+#[tokio::test]
+async fn an_access_ends_with_its_keys_last_second() {
+    let db = database().await;
+    let store = key_store(&db);
+    let expires_at = Utc::now() + TimeDelta::milliseconds(1_500);
+    let key = store::create_key(&db.pool, "short", &Scopes::all(1), Some(expires_at)).await.unwrap();
+    let access = enter(&store, &key).await.unwrap();
+    assert_eq!(ended(&access).await, CloseCode::KeyExpired);
+    assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Expired);
+}
+
+#[tokio::test]
+async fn expiries_that_no_clock_can_hold_are_judged_by_the_database() {
+    let db = database().await;
+    let store = key_store(&db);
+    for (expiry, entered) in [("infinity", true), ("200000-01-01", true), ("-infinity", false)] {
+        let key = new_key(&db).await;
+        sqlx::query("UPDATE tidewire.api_keys SET expires_at = $2::timestamptz WHERE key_id = $1")
+            .bind(key.id().as_str())
+            .bind(expiry)
+            .execute(&db.pool)
+            .await
+            .unwrap_or_else(|error| panic!("{expiry}: {error}"));
+        assert_eq!(enter(&store, &key).await.is_ok(), entered, "{expiry}");
+    }
+    store::list(&db.pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn nobody_comes_in_on_what_was_read_before_a_revocation() {
+    let db = database().await;
+    for _ in 0..40 {
+        let (store, key) = (key_store(&db), new_key(&db).await);
+        let coming: Vec<_> = (0..8)
+            .map(|_| {
+                let (store, key) = (Arc::clone(&store), key.clone());
+                tokio::spawn(async move { enter(&store, &key).await })
+            })
+            .collect();
+        store::revoke(&db.pool, key.id()).await.unwrap();
+        store.invalidate(key.id().as_str()).await.unwrap();
+        for came in coming {
+            match came.await.unwrap() {
+                Ok(access) => assert_eq!(ended(&access).await, CloseCode::KeyRevoked),
+                Err(error) => assert_eq!(error, AuthError::Revoked),
+            }
+        }
+        assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Revoked);
+    }
+}
+
+#[tokio::test]
+async fn while_postgres_is_away_cached_keys_go_on_and_others_hear_so() {
+    let db = database().await;
+    let (store, cached, other) = (key_store(&db), new_key(&db).await, new_key(&db).await);
+    let access = enter(&store, &cached).await.unwrap();
+    let mut holder = db.pool.begin().await.unwrap();
+    sqlx::query("LOCK TABLE tidewire.api_keys IN ACCESS EXCLUSIVE MODE").execute(&mut *holder).await.unwrap();
+    let (again, refused, rechecked) = tokio::join!(enter(&store, &cached), enter(&store, &other), store.recheck());
+    assert!(again.is_ok());
+    assert_eq!(refused.unwrap_err(), AuthError::Unavailable);
+    assert_eq!(rechecked, Err(AuthError::Unavailable));
+    assert_eq!(access.ended_now(), None);
+    holder.rollback().await.unwrap();
+    enter(&store, &other).await.unwrap();
+    store.recheck().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_key_whose_scopes_cannot_be_read_is_refused_with_the_reason() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    change(&db, &key, "UPDATE tidewire.api_keys SET scopes = '{\"tabels\":[]}' WHERE key_id = $1").await;
+    assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Unusable);
+    assert_eq!(store::list(&db.pool).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn last_use_is_stored_in_one_go_and_disturbs_nobody() {
+    let db = database().await;
+    let (store, key, unused) = (key_store(&db), new_key(&db).await, new_key(&db).await);
+    let access = enter(&store, &key).await.unwrap();
+    let at = Utc::now() + TimeDelta::seconds(5);
+    store.authenticate(key.expose(), at).await.unwrap();
+    let version = "SELECT sum(version)::bigint FROM tidewire.api_keys";
+    let before: i64 = sqlx::query_scalar(version).fetch_one(&db.pool).await.unwrap();
+    let mut listener = PgListener::connect(&db.url).await.unwrap();
+    listener.listen("tidewire_keys").await.unwrap();
+
+    store.flush_last_used().await.unwrap();
+
+    let listed = store::list(&db.pool).await.unwrap();
+    let used = |id: &KeyId| listed.iter().find(|info| info.key_id == id.as_str()).unwrap().last_used_at;
+    assert_eq!(used(key.id()).map(|at| at.timestamp_micros()), Some(at.timestamp_micros()));
+    assert_eq!(used(unused.id()), None);
+    assert_eq!(sqlx::query_scalar::<_, i64>(version).fetch_one(&db.pool).await.unwrap(), before);
+    store.recheck().await.unwrap();
+    assert_eq!(access.ended_now(), None);
+    // Had the flush notified, its word would come before this one.
+    sqlx::query("SELECT pg_notify('tidewire_keys', 'after')").execute(&db.pool).await.unwrap();
+    let heard = tokio::time::timeout(DEADLINE, listener.recv()).await.unwrap().unwrap();
+    assert_eq!(heard.payload(), "after");
+}
+
+#[tokio::test]
+async fn what_could_not_be_stored_is_stored_later_also_at_the_end() {
+    let db = database().await;
+    let (store, key) = (key_store(&db), new_key(&db).await);
+    enter(&store, &key).await.unwrap();
+    let rename = |sql: &'static str| sqlx::query(sql).execute(&db.pool);
+    rename("ALTER TABLE tidewire.api_keys RENAME TO away").await.unwrap();
+    store.flush_last_used().await.unwrap_err();
+    rename("ALTER TABLE tidewire.away RENAME TO api_keys").await.unwrap();
+    let shutdown = CancellationToken::new();
+    shutdown.cancel();
+    tokio::time::timeout(DEADLINE, Arc::clone(&store).run(shutdown)).await.unwrap();
+    assert!(store::list(&db.pool).await.unwrap()[0].last_used_at.is_some());
+}
+
+#[tokio::test]
+async fn a_ticket_works_once_in_the_whole_cluster_and_stands_for_its_key() {
+    let db = database().await;
+    let (key, store) = (new_key(&db).await, key_store(&db));
+    let nodes = [Tickets::new(connect(&db)), Tickets::new(connect(&db))];
+    let ticket = nodes[0].issue(key.id()).await.unwrap();
+    let redeemed = futures_util::future::join_all((0..10).map(|n| {
+        let (node, ticket) = (&nodes[n % 2], &ticket);
+        async move { node.redeem(ticket.expose()).await }
+    }))
+    .await;
+    let won: Vec<_> = redeemed.iter().flatten().collect();
+    assert_eq!(won, [key.id()]);
+    assert!(redeemed.iter().filter(|answer| **answer == Err(TicketError::Invalid)).count() == 9);
+
+    let access = store.admit(won[0], Utc::now()).await.unwrap();
+    assert_eq!(&access.key_id, key.id());
+    store::revoke(&db.pool, key.id()).await.unwrap();
+    store.invalidate(key.id().as_str()).await.unwrap();
+    assert_eq!(store.admit(won[0], Utc::now()).await.unwrap_err(), AuthError::Revoked);
+}
+
+#[tokio::test]
+async fn old_and_made_up_tickets_are_refused_and_swept() {
+    let db = database().await;
+    let (key, tickets) = (new_key(&db).await, Tickets::new(connect(&db)));
+    let (old, older) = (tickets.issue(key.id()).await.unwrap(), tickets.issue(key.id()).await.unwrap());
+    sqlx::query("UPDATE tidewire.tickets SET expires_at = now()").execute(&db.pool).await.unwrap();
+    assert_eq!(tickets.redeem(old.expose()).await, Err(TicketError::Invalid));
+    for text in ["", "tkt_", key.expose(), &format!("tkt_{}", "a".repeat(43))] {
+        assert_eq!(tickets.redeem(text).await, Err(TicketError::Invalid));
+    }
+    let new = tickets.issue(key.id()).await.unwrap();
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM tidewire.tickets").fetch_one(&db.pool).await.unwrap();
+    assert_eq!(left, 1, "a new ticket takes the expired ones away");
+    assert_eq!(tickets.redeem(older.expose()).await, Err(TicketError::Invalid));
+    assert_eq!(tickets.redeem(new.expose()).await.as_ref(), Ok(key.id()));
+}
+
+#[tokio::test]
+async fn a_key_has_a_bounded_number_of_pending_tickets() {
+    let db = database().await;
+    let (key, other, tickets) = (new_key(&db).await, new_key(&db).await, Tickets::new(connect(&db)));
+    sqlx::query(
+        "INSERT INTO tidewire.tickets (ticket_hash, key_id, expires_at)
+         SELECT int4send(n), $1, now() + interval '30 s' FROM generate_series(1, $2::integer) AS n",
+    )
+    .bind(key.id().as_str())
+    .bind(i32::try_from(MAX_PENDING_TICKETS).unwrap())
+    .execute(&db.pool)
+    .await
+    .unwrap();
+    assert_eq!(tickets.issue(key.id()).await.unwrap_err(), TicketError::TooMany);
+    tickets.issue(other.id()).await.unwrap();
+}
+
+fn identity(node: &str) -> NodeIdentity {
+    NodeIdentity { node: node.to_owned(), instance: Uuid::new_v4(), url: None, version: "test".to_owned() }
+}
+
+fn report() -> NodeReport {
+    NodeReport { epoch: Some(1), high_water: Some(7), connections: 3, subscriptions: 4, state: NodeState::Ready }
+}
+
+#[tokio::test]
+async fn nodes_hear_of_each_others_connections_and_a_dead_ones_count_for_nothing() {
+    let db = database().await;
+    let (a, b) = (identity("a"), identity("b"));
+    let key = KeyId::from_stored("key");
+    let count = |count| vec![(key.clone(), count)];
+    let beat = async |node: &NodeIdentity, own: &[(KeyId, u32)]| {
+        registry::heartbeat(&db.pool, node, &report(), own).await.unwrap()
+    };
+    assert_eq!(beat(&a, &count(3)).await.other_nodes, 0);
+    let heard = beat(&b, &count(4)).await;
+    assert_eq!((heard.other_nodes, heard.others.get(&key)), (1, Some(&3)));
+    assert_eq!(beat(&a, &[]).await.others.get(&key), Some(&4));
+    assert!(beat(&b, &count(4)).await.others.is_empty(), "what a node no longer has is gone");
+
+    // A crash of Postgres empties the unlogged table; the next heartbeat fills it.
+    sqlx::query("TRUNCATE tidewire.key_connections").execute(&db.pool).await.unwrap();
+    beat(&b, &count(4)).await;
+    assert_eq!(beat(&a, &[]).await.others.get(&key), Some(&4));
+
+    let silence = "UPDATE tidewire.nodes SET heartbeat_at = now() - interval '6 s' WHERE node = 'b'";
+    sqlx::query(silence).execute(&db.pool).await.unwrap();
+    let heard = beat(&a, &[]).await;
+    assert_eq!((heard.other_nodes, heard.others.len()), (0, 0));
+    let nodes = registry::list(&db.pool).await.unwrap();
+    let fresh: Vec<_> = nodes.iter().map(|node| (node.node.as_str(), node.fresh)).collect();
+    assert_eq!(fresh, [("a", true), ("b", false)]);
+    assert_eq!((nodes[0].epoch, nodes[0].high_water, nodes[0].state.as_str()), (Some(1), Some(7), "ready"));
+
+    // It was only paused: it counts again with its next heartbeat, also after a sweep.
+    registry::sweep(&db.pool).await.unwrap();
+    beat(&b, &count(4)).await;
+    assert_eq!(beat(&a, &[]).await.others.get(&key), Some(&4));
+    registry::leave(&db.pool, &b).await.unwrap();
+    let heard = beat(&a, &[]).await;
+    assert_eq!((heard.other_nodes, heard.others.len()), (0, 0));
+}
+
+#[tokio::test]
+async fn two_processes_of_one_name_are_found_and_a_restart_is_not_taken_for_one() {
+    let db = database().await;
+    let (one, two) = (identity("a"), identity("a"));
+    let beat = async |node: &NodeIdentity| registry::heartbeat(&db.pool, node, &report(), &[]).await.unwrap().rival;
+    assert!(!beat(&one).await);
+    assert!(beat(&two).await);
+    assert!(beat(&one).await);
+    registry::leave(&db.pool, &two).await.unwrap();
+    assert!(!beat(&one).await, "leaving does nothing to a name that another has taken");
+    registry::leave(&db.pool, &one).await.unwrap();
+    assert!(!beat(&two).await, "who said goodbye is no rival");
+    assert_eq!(registry::list(&db.pool).await.unwrap()[0].instance, two.instance);
+}
+
+#[tokio::test]
+async fn a_limit_holds_over_the_whole_cluster() {
+    let db = database().await;
+    let key = KeyId::from_stored("key");
+    let shutdown = CancellationToken::new();
+    let start = |name: &str| {
+        let limiter = ConnectionLimiter::new();
+        let cluster = Cluster::new(connect(&db), identity(name), Arc::clone(&limiter), report);
+        let status = cluster.status();
+        (limiter, status, tokio::spawn(cluster.run(shutdown.clone())))
+    };
+    let (a, status, a_task) = start("a");
+    let (b, _, b_task) = start("b");
+    let guards: Vec<_> = (0..4).map(|_| a.try_acquire(&key, 6).unwrap()).collect();
+    until(|| b.connections(&key).1 == 4).await;
+    let more: Vec<_> = (0..2).map(|_| b.try_acquire(&key, 6).unwrap()).collect();
+    assert!(b.try_acquire(&key, 6).is_err());
+    until(|| a.connections(&key).1 == 2).await;
+    assert!(a.try_acquire(&key, 6).is_err());
+    drop(guards);
+    until(|| b.connections(&key).1 == 0).await;
+    let last = b.try_acquire(&key, 6).unwrap();
+    assert!(status.heard() && status.other_nodes() == 1 && !status.has_rival());
+
+    shutdown.cancel();
+    tokio::time::timeout(DEADLINE, async { tokio::try_join!(a_task, b_task) }).await.unwrap().unwrap();
+    let nodes = registry::list(&db.pool).await.unwrap();
+    assert!(nodes.iter().all(|node| node.state == "stopped" && !node.fresh));
+    let left: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM tidewire.key_connections").fetch_one(&db.pool).await.unwrap();
+    assert_eq!(left, 0);
+    drop((more, last));
+}
+
+#[tokio::test]
+async fn while_postgres_is_away_limits_go_by_the_last_counts() {
+    let db = database().await;
+    let key = KeyId::from_stored("key");
+    registry::heartbeat(&db.pool, &identity("a"), &report(), &[(key.clone(), 4)]).await.unwrap();
+    let limiter = ConnectionLimiter::new();
+    let cluster = Cluster::new(connect(&db), identity("b"), Arc::clone(&limiter), report);
+    let (status, shutdown) = (cluster.status(), CancellationToken::new());
+    let task = tokio::spawn(cluster.run(shutdown.clone()));
+    until(|| limiter.connections(&key).1 == 4).await;
+    sqlx::query("ALTER TABLE tidewire.nodes RENAME TO away").execute(&db.pool).await.unwrap();
+    until(|| status.failures() > 0).await;
+    let guards: Vec<_> = (0..2).map(|_| limiter.try_acquire(&key, 6).unwrap()).collect();
+    assert!(limiter.try_acquire(&key, 6).is_err());
+    shutdown.cancel();
+    tokio::time::timeout(DEADLINE, task).await.unwrap().unwrap();
+    drop(guards);
+}
+
+/// Waits for a fact.
+async fn until(fact: impl Fn() -> bool) {
+    tokio::time::timeout(DEADLINE, async {
+        while !fact() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("in time");
+}
