@@ -5,75 +5,83 @@
 -- text whatever the session's settings. The table's name is never an argument: it is read from the trigger's own relation,
 -- so whoever may attach these functions to a table can only speak for that table.
 --
--- Arguments of every capture trigger: [0] flags (p partitioned, b before image, l column list), [1] the options of track()
--- as JSON in hex, [2…] the names of the key columns. The triggers, not tidewire.tracked_tables, are the truth.
+-- Arguments of every capture trigger: [0] flags (p partitioned, b before image, i columns to include, x columns to leave
+-- out), [1] the options of track() as JSON in hex, [2], [3] attribute numbers and names of those columns, [4] a JSON object
+-- that turns unwanted columns into nulls before a row is rendered, so that large values are not even read; [5…] the names of
+-- the key columns. The triggers, not tidewire.tracked_tables, are the truth.
 SELECT set_config('role', pg_get_userbyid(relowner), true) FROM pg_catalog.pg_class WHERE oid = 'tidewire.outbox'::regclass;
+
+-- The helpers have no rights of their own, so they need no search_path of their own: they run under the pinned one of the
+-- capture functions. They are PL/pgSQL because that keeps plans: an SQL function plans its query again for every row.
 
 -- The canonical text of a table's name: docs/PROTOCOL.md, "Names of tables".
 CREATE FUNCTION tidewire.name_text(part text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT CASE WHEN part OPERATOR(pg_catalog.~) '[."*: ]'
-        THEN '"' OPERATOR(pg_catalog.||) pg_catalog.replace(part, '"', '""') OPERATOR(pg_catalog.||) '"' ELSE part END
+    SELECT CASE WHEN part ~ '[."*: ]' THEN '"' || replace(part, '"', '""') || '"' ELSE part END
 $$;
-CREATE FUNCTION tidewire.table_text(relation oid) RETURNS text LANGUAGE sql STABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp AS $$
-    SELECT tidewire.name_text(nspname) || '.' || tidewire.name_text(relname)
-    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-    WHERE c.oid = relation
-$$;
+CREATE FUNCTION tidewire.table_text(relation oid) RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+BEGIN
+    RETURN (
+        SELECT tidewire.name_text(nspname) || '.' || tidewire.name_text(relname)
+        FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+        WHERE c.oid = relation);
+END $$;
 COMMENT ON FUNCTION tidewire.table_text(oid) IS 'The name of a table as events carry it; null if there is none.';
 
--- The key of a row: those members of its image, in order; null if one is missing. to_json(name) is its quoted form.
-CREATE FUNCTION tidewire.key_of(image json, names text[]) RETURNS json LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    AS $$
+-- The key of a row: those members of its image, in order; null if one is missing.
+CREATE FUNCTION tidewire.key_of(image json, names text[]) RETURNS json LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 DECLARE
-    composed pg_catalog.text;
-    name     pg_catalog.text;
-    value    pg_catalog.text;
+    composed text;
+    name     text;
+    value    text;
 BEGIN
     FOREACH name IN ARRAY names LOOP
-        value := image OPERATOR(pg_catalog.->) name;
+        value := image -> name;
         IF value IS NULL THEN
             RETURN NULL;
         END IF;
-        composed := pg_catalog.concat(composed, CASE WHEN composed IS NULL THEN '{' ELSE ',' END, pg_catalog.to_json(name), ':', value);
+        composed := concat(composed, CASE WHEN composed IS NULL THEN '{' ELSE ',' END, to_json(name), ':', value);
     END LOOP;
-    RETURN pg_catalog.concat(composed, '}');
+    RETURN concat(composed, '}');
 END $$;
 
 -- The columns that an option means now. Options hold attribute numbers, valid for the relation they were taken from, and
 -- names for after a dump and restore, which renumbers both.
-CREATE FUNCTION tidewire.column_names(relation oid, options jsonb, list text) RETURNS text[] LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp AS $$
-    SELECT array_agg(coalesce(a.attname::text, item ->> 'name') ORDER BY position)
-    FROM jsonb_array_elements(options -> list) WITH ORDINALITY AS t (item, position)
-    LEFT JOIN pg_attribute a ON (options ->> 'relid')::oid = relation
-        AND attrelid = relation AND attnum = (item ->> 'attnum')::int2 AND NOT attisdropped
-$$;
+CREATE FUNCTION tidewire.column_names(relation oid, options jsonb, list text) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF NOT options ? list THEN
+        RETURN NULL;
+    END IF;
+    RETURN ARRAY(
+        SELECT coalesce(a.attname::text, item ->> 'name')
+        FROM jsonb_array_elements(options -> list) WITH ORDINALITY AS t (item, position)
+        LEFT JOIN pg_attribute a ON (options ->> 'relid')::oid = relation
+            AND attrelid = relation AND attnum = (item ->> 'attnum')::int2 AND NOT attisdropped
+        ORDER BY position);
+END $$;
 
-CREATE FUNCTION tidewire.options_of(argument text) RETURNS jsonb LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp AS $$
-    SELECT convert_from(decode(argument, 'hex'), 'UTF8')::jsonb
-$$;
+CREATE FUNCTION tidewire.options_of(argument text) RETURNS jsonb LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
+BEGIN
+    RETURN convert_from(decode(argument, 'hex'), 'UTF8')::jsonb;
+END $$;
 
--- Which columns of a table with a column list to leave out, and a JSON object that turns them into nulls before the row is
--- rendered, so that large values are not even read. Domains are left alone there: one may forbid null.
-CREATE FUNCTION tidewire.left_out(relation oid, options jsonb, OUT names text[], OUT nulls json) LANGUAGE sql STABLE
-    SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(array_agg(attname::text), '{}'), coalesce(json_object_agg(attname, NULL) FILTER (WHERE typtype <> 'd'), '{}')
-    FROM pg_attribute a JOIN pg_type t ON t.oid = atttypid
-    WHERE attrelid = relation AND attnum > 0 AND NOT attisdropped
-        AND attname <> ALL (coalesce(tidewire.column_names(relation, options, 'key'), '{}'))
-        AND CASE WHEN options ? 'columns' THEN attname <> ALL (coalesce(tidewire.column_names(relation, options, 'columns'), '{}'))
-            ELSE attname = ANY (coalesce(tidewire.column_names(relation, options, 'except_columns'), '{}')) END
-$$;
+-- An image with only the listed members, or only the others, in the style of to_json.
+CREATE FUNCTION tidewire.picked(image json, listed text[], keep boolean) RETURNS json LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
+BEGIN
+    RETURN (
+        SELECT concat('{', string_agg(concat(to_json(key), ':', value), ',' ORDER BY position), '}')
+        FROM json_each(image) WITH ORDINALITY AS t (key, value, position)
+        WHERE (key = ANY (listed)) = keep);
+END $$;
 
--- An image without some members, in the style of to_json.
-CREATE FUNCTION tidewire.without(image json, names text[]) RETURNS json LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp AS $$
-    SELECT ('{' || coalesce(string_agg(to_json(key) || ':' || value, ',' ORDER BY position), '') || '}')::json
-    FROM json_each(image) WITH ORDINALITY AS t (key, value, position)
-    WHERE key <> ALL (names)
-$$;
+-- Whether the columns with these numbers still have these names. The arrays stand in FILTER, not in WHERE: there, Postgres
+-- would find a plan for every row's own arrays better than one it can keep.
+CREATE FUNCTION tidewire.still_named(relation oid, attnums int2[], names text[]) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (
+        SELECT count(*) FILTER (WHERE attnum = ANY (attnums) AND attname = ANY (names)) = cardinality(names)
+        FROM pg_attribute
+        WHERE attrelid = relation AND attnum > 0);
+END $$;
 
 -- AFTER … FOR EACH ROW. The UPDATE trigger of a table without a column list has WHEN (OLD.* *<> NEW.*); of one with, the
 -- comparison is made here on the shortened rows first: it would read large values that did not change.
@@ -90,8 +98,8 @@ DECLARE
     key       json;
     key_was   json;
     names     text[];
-    out_names text[];
-    nulls     json;
+    keep      boolean;
+    listed    text[];
     short_old record;
     short_new record;
     context   json;
@@ -105,18 +113,29 @@ BEGIN
         name := tidewire.table_text(relation);
     END IF;
 
-    IF strpos(TG_ARGV[0], 'l') > 0 THEN
-        SELECT l.names, l.nulls INTO out_names, nulls FROM tidewire.left_out(relation, tidewire.options_of(TG_ARGV[1])) l;
-        IF TG_OP <> 'INSERT' THEN
-            short_old := json_populate_record(OLD, nulls);
-            before := to_json(short_old);
-        END IF;
-        IF TG_OP <> 'DELETE' THEN
-            short_new := json_populate_record(NEW, nulls);
-            after := to_json(short_new);
+    IF TG_ARGV[3] <> '{}' THEN
+        keep := strpos(TG_ARGV[0], 'i') > 0;
+        listed := TG_ARGV[3];
+        short_old := OLD;
+        short_new := NEW;
+        IF NOT tidewire.still_named(relation, TG_ARGV[2]::int2[], listed) THEN
+            listed := tidewire.column_names(relation, tidewire.options_of(TG_ARGV[1]), CASE WHEN keep THEN 'columns' ELSE 'except_columns' END);
+        ELSE
+            IF TG_OP <> 'INSERT' THEN
+                short_old := json_populate_record(OLD, TG_ARGV[4]::json);
+            END IF;
+            IF TG_OP <> 'DELETE' THEN
+                short_new := json_populate_record(NEW, TG_ARGV[4]::json);
+            END IF;
         END IF;
         IF TG_OP = 'UPDATE' AND short_old *= short_new AND OLD *= NEW THEN
             RETURN NULL;
+        END IF;
+        IF TG_OP <> 'INSERT' THEN
+            before := to_json(short_old);
+        END IF;
+        IF TG_OP <> 'DELETE' THEN
+            after := to_json(short_new);
         END IF;
     ELSE
         IF TG_OP <> 'INSERT' THEN
@@ -127,15 +146,15 @@ BEGIN
         END IF;
     END IF;
 
-    IF TG_NARGS > 2 THEN
-        value := coalesce(after, before) -> TG_ARGV[2];
-        IF TG_NARGS = 3 AND value IS NOT NULL THEN
-            key := concat('{', to_json(TG_ARGV[2]), ':', value, '}');
-            IF TG_OP = 'UPDATE' AND value <> (before -> TG_ARGV[2])::text THEN
-                key_was := concat('{', to_json(TG_ARGV[2]), ':', before -> TG_ARGV[2], '}');
+    IF TG_NARGS > 5 THEN
+        value := coalesce(after, before) -> TG_ARGV[5];
+        IF TG_NARGS = 6 AND value IS NOT NULL THEN
+            key := concat('{', to_json(TG_ARGV[5]), ':', value, '}');
+            IF TG_OP = 'UPDATE' AND value <> (before -> TG_ARGV[5])::text THEN
+                key_was := concat('{', to_json(TG_ARGV[5]), ':', before -> TG_ARGV[5], '}');
             END IF;
         ELSE
-            names := TG_ARGV[2:];
+            names := TG_ARGV[5:];
             key := tidewire.key_of(coalesce(after, before), names);
             IF key IS NULL THEN
                 -- A key column was renamed.
@@ -151,16 +170,16 @@ BEGIN
         END IF;
     END IF;
 
-    IF out_names IS NOT NULL THEN
-        IF before IS NOT NULL THEN
-            before := tidewire.without(before, out_names);
-        END IF;
-        IF after IS NOT NULL THEN
-            after := tidewire.without(after, out_names);
-        END IF;
-    END IF;
     IF strpos(TG_ARGV[0], 'b') = 0 THEN
         before := NULL;
+    END IF;
+    IF keep IS NOT NULL THEN
+        IF before IS NOT NULL THEN
+            before := tidewire.picked(before, listed, keep);
+        END IF;
+        IF after IS NOT NULL THEN
+            after := tidewire.picked(after, listed, keep);
+        END IF;
     END IF;
     IF current_setting('tidewire.traceparent', true) <> '' OR current_setting('tidewire.headers', true) <> '' THEN
         context := tidewire.context_headers(NULL);
@@ -182,7 +201,8 @@ DECLARE
     keeps     boolean := strpos(TG_ARGV[0], 'b') > 0;
     name      text;
     names     text[];
-    out_names text[];
+    keep      boolean;
+    listed    text[];
     nulls     json := '{}';
     context   json;
 BEGIN
@@ -196,34 +216,40 @@ BEGIN
     END IF;
     name := tidewire.table_text(relation);
     names := tidewire.column_names(relation, options, 'key');
-    context := tidewire.context_headers(NULL);
-    IF strpos(TG_ARGV[0], 'l') > 0 THEN
-        SELECT l.names, l.nulls INTO out_names, nulls FROM tidewire.left_out(relation, options) l;
+    IF current_setting('tidewire.traceparent', true) <> '' OR current_setting('tidewire.headers', true) <> '' THEN
+        context := tidewire.context_headers(NULL);
+    END IF;
+    IF TG_ARGV[3] <> '{}' THEN
+        keep := strpos(TG_ARGV[0], 'i') > 0;
+        listed := tidewire.column_names(relation, options, CASE WHEN keep THEN 'columns' ELSE 'except_columns' END);
+        IF tidewire.still_named(relation, TG_ARGV[2]::int2[], TG_ARGV[3]::text[]) THEN
+            nulls := TG_ARGV[4];
+        END IF;
     END IF;
 
     IF TG_OP = 'INSERT' THEN
         INSERT INTO tidewire.outbox (table_name, operation, row_key, after_data, headers)
         SELECT name, TG_OP, tidewire.key_of(image, names),
-               CASE WHEN out_names IS NULL THEN image ELSE tidewire.without(image, out_names) END, context
-        FROM (SELECT CASE WHEN out_names IS NULL THEN to_json(n) ELSE to_json(json_populate_record(n, nulls)) END AS image
+               CASE WHEN keep IS NULL THEN image ELSE tidewire.picked(image, listed, keep) END, context
+        FROM (SELECT CASE WHEN keep IS NULL THEN to_json(n) ELSE to_json(json_populate_record(n, nulls)) END AS image
               FROM new_rows n OFFSET 0) AS t;
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO tidewire.outbox (table_name, operation, row_key, before_data, headers)
         SELECT name, TG_OP, tidewire.key_of(image, names),
-               CASE WHEN keeps THEN CASE WHEN out_names IS NULL THEN image ELSE tidewire.without(image, out_names) END END, context
-        FROM (SELECT CASE WHEN out_names IS NULL THEN to_json(o) ELSE to_json(json_populate_record(o, nulls)) END AS image
+               CASE WHEN keeps THEN CASE WHEN keep IS NULL THEN image ELSE tidewire.picked(image, listed, keep) END END, context
+        FROM (SELECT CASE WHEN keep IS NULL THEN to_json(o) ELSE to_json(json_populate_record(o, nulls)) END AS image
               FROM old_rows o OFFSET 0) AS t;
     ELSE
         INSERT INTO tidewire.outbox (table_name, operation, row_key, old_key, before_data, after_data, headers)
         SELECT name, TG_OP, key, CASE WHEN key_was::text <> key::text THEN key_was END,
-               CASE WHEN keeps THEN CASE WHEN out_names IS NULL THEN before ELSE tidewire.without(before, out_names) END END,
-               CASE WHEN out_names IS NULL THEN after ELSE tidewire.without(after, out_names) END, context
+               CASE WHEN keeps THEN CASE WHEN keep IS NULL THEN before ELSE tidewire.picked(before, listed, keep) END END,
+               CASE WHEN keep IS NULL THEN after ELSE tidewire.picked(after, listed, keep) END, context
         FROM (
             SELECT position, before, after, tidewire.key_of(before, names) AS key_was, tidewire.key_of(after, names) AS key
             FROM (
                 SELECT position,
-                       CASE WHEN out_names IS NULL THEN to_json(old_row) ELSE to_json(json_populate_record(old_row, nulls)) END AS before,
-                       CASE WHEN out_names IS NULL THEN to_json(new_row) ELSE to_json(json_populate_record(new_row, nulls)) END AS after
+                       CASE WHEN keep IS NULL THEN to_json(old_row) ELSE to_json(json_populate_record(old_row, nulls)) END AS before,
+                       CASE WHEN keep IS NULL THEN to_json(new_row) ELSE to_json(json_populate_record(new_row, nulls)) END AS after
                 FROM (SELECT row_number() OVER () AS position, o AS old_row FROM old_rows o) AS olds
                 JOIN (SELECT row_number() OVER () AS position, n AS new_row FROM new_rows n) AS news USING (position)
                 WHERE old_row *<> new_row

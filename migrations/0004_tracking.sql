@@ -46,11 +46,22 @@ CREATE FUNCTION tidewire.trigger_plan(relation oid, options jsonb, OUT target oi
     WITH given AS (
         SELECT ARRAY[CASE WHEN relkind = 'p' THEN 'p' ELSE '' END
                      || CASE WHEN (options ->> 'before_image')::boolean THEN 'b' ELSE '' END
-                     || CASE WHEN options ?| '{columns,except_columns}' THEN 'l' ELSE '' END,
-                     encode(convert_to(options::text, 'UTF8'), 'hex')]
-                   || coalesce(tidewire.column_names(relation, options, 'key'), '{}') AS arguments,
+                     || CASE WHEN options ? 'columns' THEN 'i' WHEN options ? 'except_columns' THEN 'x' ELSE '' END,
+                     encode(convert_to(options::text, 'UTF8'), 'hex'),
+                     listed.attnums::text, listed.names::text, listed.nulls::text]
+                   || coalesce(keys, '{}') AS arguments,
                (options ->> 'bulk')::boolean AS bulk, (options ->> 'deferred')::boolean AS deferred
-        FROM pg_class WHERE oid = relation),
+        FROM pg_class,
+            LATERAL (SELECT tidewire.column_names(relation, options, 'key') AS keys,
+                            coalesce(tidewire.column_names(relation, options, 'columns'), tidewire.column_names(relation, options, 'except_columns')) AS names) AS n,
+            -- Domains are left alone: one may forbid null.
+            LATERAL (SELECT coalesce(array_agg(attnum ORDER BY attnum) FILTER (WHERE attname = ANY (n.names)), '{}') AS attnums,
+                            coalesce(array_agg(attname ORDER BY attnum) FILTER (WHERE attname = ANY (n.names)), '{}') AS names,
+                            coalesce(json_object_agg(attname, NULL ORDER BY attnum) FILTER (WHERE typtype <> 'd' AND attname <> ALL (coalesce(keys, '{}'))
+                                AND (attname = ANY (n.names)) = options ? 'except_columns'), '{}') AS nulls
+                     FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
+                     WHERE attrelid = relation AND attnum > 0 AND NOT attisdropped) AS listed
+        WHERE oid = relation),
     family AS (
         SELECT relation AS target, true AS root, false AS leaf
         UNION ALL

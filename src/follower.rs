@@ -220,7 +220,7 @@ impl Follower {
                 // Full: everything is looked at anew, which covers what did not fit.
                 let _ = self.key_changes.try_send(Some(payload.to_owned()));
             }
-            "tidewire_schema" => self.wakeups.schema.notify_one(),
+            "tidewire_schema" => self.wakeups.schema_changed(),
             _ => {}
         }
         None
@@ -350,6 +350,7 @@ impl Follower {
         }
         let bounds = read::bounds(pool).await?;
         self.metrics.log_newest_seq.set(gauge(bounds.newest));
+        self.hub.set_log_oldest(bounds.oldest);
         if !self.started || !self.continues(bounds).await? {
             self.begin(bounds, known).await?;
         }

@@ -16,6 +16,7 @@ pub mod routes;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -81,6 +82,7 @@ pub struct Hub {
     edge: watch::Sender<Edge>,
     epochs: RwLock<Epochs>,
     known: watch::Sender<Option<Known>>,
+    log_oldest: AtomicU64,
     metrics: Arc<Metrics>,
 }
 
@@ -97,6 +99,7 @@ impl Hub {
             edge: watch::channel(edge).0,
             epochs: RwLock::default(),
             known: watch::channel(None).0,
+            log_oldest: AtomicU64::new(0),
             metrics,
         }
     }
@@ -129,6 +132,24 @@ impl Hub {
     #[must_use]
     pub fn high_water(&self) -> Seq {
         self.ring.read().newest()
+    }
+
+    /// Takes note of the oldest seq that the log still has.
+    pub fn set_log_oldest(&self, seq: Seq) {
+        self.log_oldest.store(seq, Ordering::Relaxed);
+    }
+
+    /// The oldest position that can be resumed from. Its event may be gone already: then nothing can check it, and
+    /// nothing needs to.
+    #[must_use]
+    pub fn oldest(&self) -> Option<Cursor> {
+        let before = self.log_oldest.load(Ordering::Relaxed).saturating_sub(1);
+        let epoch = self.epochs.read().of(before);
+        match before {
+            _ if epoch == 0 => None,
+            0 => Some(Cursor::origin(epoch)),
+            _ => Some(Cursor::at(epoch, before, self.id_at(before).unwrap_or_default())),
+        }
     }
 
     /// How far back the ring reaches.

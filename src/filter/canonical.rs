@@ -10,8 +10,8 @@ use std::fmt::Write;
 use super::index;
 use super::json::Step;
 use super::kind::ColumnType;
-use super::parse::Comparison;
 use super::plan::{Node, Scalar};
+use super::syntax::Comparison;
 use super::value::Value;
 
 pub(super) fn text(node: &Node) -> String {

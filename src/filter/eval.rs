@@ -6,6 +6,7 @@
 //! `absent OR true` is true, `absent AND false` is false, and `(absent = 1) IS UNKNOWN` is not
 //! mistaken for true. Nothing here allocates for rows without JSON escapes, and nothing fails.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use super::RowImage;
@@ -219,10 +220,8 @@ fn cell<'a>(scalar: &'a Scalar, row: &'a dyn RowImage) -> Cell<'a> {
             },
         },
         Scalar::Cast(inner, kind) => match cell(inner, row) {
-            Cell::Is(Value::Text(std::borrow::Cow::Borrowed(text))) => {
-                value::read(*kind, text).map_or(Cell::Null, Cell::Is)
-            }
-            Cell::Is(Value::Text(std::borrow::Cow::Owned(text))) => {
+            Cell::Is(Value::Text(Cow::Borrowed(text))) => value::read(*kind, text).map_or(Cell::Null, Cell::Is),
+            Cell::Is(Value::Text(Cow::Owned(text))) => {
                 value::read(*kind, &text).map_or(Cell::Null, |value| Cell::Is(value.into_owned()))
             }
             Cell::Is(_) => Cell::Null,

@@ -10,8 +10,8 @@ use smallvec::SmallVec;
 
 use super::kind::ColumnType;
 use super::moment;
-use super::parse::Comparison;
 use super::plan::{Node, Scalar};
+use super::syntax::Comparison;
 use super::value::{self, Value};
 
 /// Bytes kept without allocation: a UUID, a short text.

@@ -119,8 +119,16 @@ fn parse_plain(text: &str) -> Result<Parts, Fault> {
         }
         let end = word.find(|character: char| character.is_ascii_alphabetic()).unwrap_or(word.len());
         let (number, glued) = word.split_at(end);
-        let name = if glued.is_empty() { words.next().ok_or(Fault::Syntax)? } else { glued };
-        parts.add(parse_amount(number)?, parse_unit(name)?)?;
+        let unit = match (glued, words.peek()) {
+            // A last number without a unit counts seconds.
+            ("", None) => Unit::Seconds,
+            ("", Some(name)) => parse_unit(name)?,
+            (name, _) => parse_unit(name)?,
+        };
+        if glued.is_empty() {
+            words.next();
+        }
+        parts.add(parse_amount(number)?, unit)?;
     }
     Ok(parts)
 }
@@ -197,6 +205,7 @@ mod tests {
             ("P-1Y2DT-3.5S", "-1 year 2 days -00:00:03.5"),
             ("PT25H0.000001S", "25h 0.000001 s"),
             ("P1W", "7d"),
+            ("1 minute 5", "65"),
         ] {
             assert_eq!(parse(left), parse(right), "{left} {right}");
             assert!(parse(left).is_ok(), "{left}");
@@ -206,7 +215,7 @@ mod tests {
     #[test]
     fn what_is_not_an_interval_is_refused() {
         for text in
-            ["", "P", "P1", "1", "1 fortnight", "P1H", "1.5 days", "P1Y-", "1:2:3:4", "1:-2", "99999999999 days", "é"]
+            ["", "P", "P1", "1 fortnight", "P1H", "1.5 days", "P1Y-", "1:2:3:4", "1:-2", "99999999999 days", "é"]
         {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -15,6 +15,16 @@ pub(super) enum Step {
     Index(i32),
 }
 
+impl Step {
+    /// Bytes that a copy takes.
+    pub(super) fn text_bytes(&self) -> usize {
+        match self {
+            Self::Key(key) => key.len(),
+            Self::Index(_) => size_of::<i32>(),
+        }
+    }
+}
+
 /// Follows `steps`; `None` is SQL's NULL (no such key, no such element, not a container). A JSON
 /// `null` that is found is a value, as in Postgres.
 pub(super) fn follow<'a>(json: &'a str, steps: &[Step], binary: bool) -> Option<&'a str> {

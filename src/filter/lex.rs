@@ -122,7 +122,7 @@ fn translate(token: Token) -> Tok {
 }
 
 /// The tokenizer runs operators and signs together (`<>-1` becomes `<>-`). Postgres's rule: an
-/// operator ends in a sign only if it has one of `~ ! @ # % ^ & | ? `` ` `` in it.
+/// operator ends in a sign only if it has one of the symbols below in it; here `!=` is spared.
 /// Source: PostgreSQL manual, "Operators" in "Lexical Structure".
 fn push_operators(symbols: &str, at: usize, lexemes: &mut Vec<Lexeme>) {
     let keeps_sign = symbols.contains(['~', '!', '@', '#', '%', '^', '&', '|', '`', '?']);

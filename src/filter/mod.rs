@@ -21,6 +21,7 @@
 //! Pure: no I/O, no clock, no catalog. The caller brings columns and row images.
 
 mod canonical;
+mod constant;
 mod decimal;
 mod eval;
 mod index;
@@ -33,6 +34,7 @@ mod moment;
 mod operand;
 mod parse;
 mod plan;
+mod syntax;
 mod typename;
 mod value;
 

@@ -5,74 +5,10 @@
 //! while parsing, chains of `AND` and `OR` are flat, so that nothing that walks, prints or drops the
 //! tree can run out of stack. Knows no columns and no types' rules.
 
-use std::cmp::Ordering;
-
 use super::FilterError;
-use super::kind::ColumnType;
 use super::lex::{self, Lexeme, Tok};
+use super::syntax::{Comparison, Kind, MAX_DEPTH, Syntax, too_deep};
 use super::typename;
-
-/// Nesting of the syntax tree. Debug builds need about 2 KiB of stack for each level, a
-/// thread has 2 MiB.
-const MAX_DEPTH: u16 = 64;
-
-#[derive(Debug)]
-pub(super) struct Syntax {
-    /// Position of the token that stands for the node: an operator, a literal, a name.
-    pub(super) at: usize,
-    pub(super) kind: Kind,
-    height: u16,
-}
-
-#[derive(Debug)]
-pub(super) enum Kind {
-    Column(String),
-    Null,
-    Bool(bool),
-    /// A number with its sign, as written.
-    Number(String),
-    /// A string literal, which takes the type that its surroundings want.
-    Text(String),
-    Negated(Box<Syntax>),
-    Cast(Box<Syntax>, ColumnType),
-    /// `->` and, with `text`, `->>`.
-    Path {
-        json: Box<Syntax>,
-        key: Box<Syntax>,
-        text: bool,
-    },
-    Compare(Comparison, Box<Syntax>, Box<Syntax>),
-    Distinct(Box<Syntax>, Box<Syntax>),
-    In(Box<Syntax>, Vec<Syntax>),
-    Between {
-        item: Box<Syntax>,
-        low: Box<Syntax>,
-        high: Box<Syntax>,
-        symmetric: bool,
-    },
-    Like {
-        item: Box<Syntax>,
-        pattern: Box<Syntax>,
-        escape: Option<Box<Syntax>>,
-        fold: bool,
-    },
-    IsNull(Box<Syntax>),
-    /// `IS TRUE`, `IS FALSE`, and with `None` `IS UNKNOWN`.
-    IsTruth(Box<Syntax>, Option<bool>),
-    Not(Box<Syntax>),
-    And(Vec<Syntax>),
-    Or(Vec<Syntax>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Comparison {
-    Equal,
-    NotEqual,
-    Less,
-    LessOrEqual,
-    Greater,
-    GreaterOrEqual,
-}
 
 /// Postgres's precedences, loosest first. A right operand is parsed one step tighter than its
 /// operator.
@@ -271,18 +207,18 @@ impl Parser {
             Infix::Is => self.is_test(at, left),
             Infix::Compare(comparison) => {
                 let right = self.expression(tighter)?;
-                node(at, Kind::Compare(*comparison, Box::new(left), Box::new(right)))
+                Syntax::new(at, Kind::Compare(*comparison, Box::new(left), Box::new(right)))
             }
             Infix::In => self.in_list(at, left),
             Infix::Between => self.between(at, left),
             Infix::Like { fold } => self.like(at, left, *fold),
             Infix::Path { text } => {
                 let key = self.expression(tighter)?;
-                node(at, Kind::Path { json: Box::new(left), key: Box::new(key), text: *text })
+                Syntax::new(at, Kind::Path { json: Box::new(left), key: Box::new(key), text: *text })
             }
             Infix::Cast => {
                 let kind = typename::parse(self)?;
-                node(at, Kind::Cast(Box::new(left), kind))
+                Syntax::new(at, Kind::Cast(Box::new(left), kind))
             }
         }?;
         negate_if(negated, syntax)
@@ -306,7 +242,7 @@ impl Parser {
         } else {
             return Err(self.unexpected("NULL, DISTINCT FROM, TRUE, FALSE or UNKNOWN"));
         };
-        negate_if(negated, node(at, kind)?)
+        negate_if(negated, Syntax::new(at, kind)?)
     }
 
     fn in_list(&mut self, at: usize, item: Syntax) -> Result<Syntax, FilterError> {
@@ -319,7 +255,7 @@ impl Parser {
             }
         }
         self.expect(&Tok::Close, "a comma or a closing parenthesis")?;
-        node(at, Kind::In(Box::new(item), elements))
+        Syntax::new(at, Kind::In(Box::new(item), elements))
     }
 
     fn between(&mut self, at: usize, item: Syntax) -> Result<Syntax, FilterError> {
@@ -330,14 +266,14 @@ impl Parser {
         let low = self.expression(Level::Match.tighter())?;
         self.expect_word("and")?;
         let high = self.expression(Level::Match.tighter())?;
-        node(at, Kind::Between { item: Box::new(item), low: Box::new(low), high: Box::new(high), symmetric })
+        Syntax::new(at, Kind::Between { item: Box::new(item), low: Box::new(low), high: Box::new(high), symmetric })
     }
 
     fn like(&mut self, at: usize, item: Syntax, fold: bool) -> Result<Syntax, FilterError> {
         let pattern = self.expression(Level::Match.tighter())?;
         let escape =
             if self.take_word("escape") { Some(Box::new(self.expression(Level::Match.tighter())?)) } else { None };
-        node(at, Kind::Like { item: Box::new(item), pattern: Box::new(pattern), escape, fold })
+        Syntax::new(at, Kind::Like { item: Box::new(item), pattern: Box::new(pattern), escape, fold })
     }
 
     fn prefix(&mut self) -> Result<Syntax, FilterError> {
@@ -355,11 +291,11 @@ impl Parser {
             }
             Tok::Number(digits) => {
                 self.advance(1);
-                node(at, Kind::Number(digits))
+                Syntax::new(at, Kind::Number(digits))
             }
             Tok::Text(text) => {
                 self.advance(1);
-                node(at, Kind::Text(text))
+                Syntax::new(at, Kind::Text(text))
             }
             Tok::Minus => {
                 self.advance(1);
@@ -384,17 +320,17 @@ impl Parser {
         }
         if let Some(kind) = typename::before_literal(self)? {
             let literal = self.prefix()?;
-            return node(at, Kind::Cast(Box::new(literal), kind));
+            return Syntax::new(at, Kind::Cast(Box::new(literal), kind));
         }
         self.advance(1);
         match word.as_str() {
             "not" => {
                 let inner = self.expression(Level::Not)?;
-                node(at, Kind::Not(Box::new(inner)))
+                Syntax::new(at, Kind::Not(Box::new(inner)))
             }
-            "null" => node(at, Kind::Null),
-            "true" => node(at, Kind::Bool(true)),
-            "false" => node(at, Kind::Bool(false)),
+            "null" => Syntax::new(at, Kind::Null),
+            "true" => Syntax::new(at, Kind::Bool(true)),
+            "false" => Syntax::new(at, Kind::Bool(false)),
             _ if typename::is_reserved(&word) => Err(FilterError::new(
                 at,
                 format!("\"{word}\" is a reserved word of SQL; a column of this name is written in double quotes"),
@@ -410,7 +346,7 @@ impl Parser {
         self.expect_word("as")?;
         let kind = typename::parse(self)?;
         self.expect(&Tok::Close, "a closing parenthesis")?;
-        node(at, Kind::Cast(Box::new(inner), kind))
+        Syntax::new(at, Kind::Cast(Box::new(inner), kind))
     }
 
     fn column(&self, at: usize, name: String) -> Result<Syntax, FilterError> {
@@ -422,48 +358,15 @@ impl Parser {
             Tok::Foreign(symbol) if symbol == "." => {
                 Err(FilterError::new(at, "a column is written without its table's name".to_owned()))
             }
-            _ => node(at, Kind::Column(name)),
+            _ => Syntax::new(at, Kind::Column(name)),
         }
     }
-}
-
-fn node(at: usize, kind: Kind) -> Result<Syntax, FilterError> {
-    let below = match &kind {
-        Kind::Column(_) | Kind::Null | Kind::Bool(_) | Kind::Number(_) | Kind::Text(_) => 0,
-        Kind::Negated(inner)
-        | Kind::Cast(inner, _)
-        | Kind::IsNull(inner)
-        | Kind::IsTruth(inner, _)
-        | Kind::Not(inner) => inner.height,
-        Kind::Path { json: left, key: right, .. } | Kind::Compare(_, left, right) | Kind::Distinct(left, right) => {
-            left.height.max(right.height)
-        }
-        Kind::In(item, elements) => item.height.max(highest(elements)),
-        Kind::Between { item, low, high, .. } => item.height.max(low.height).max(high.height),
-        Kind::Like { item, pattern, escape, .. } => {
-            item.height.max(pattern.height).max(escape.as_ref().map_or(0, |escape| escape.height))
-        }
-        Kind::And(parts) | Kind::Or(parts) => highest(parts),
-    };
-    let height = below + 1;
-    if height > MAX_DEPTH {
-        return Err(too_deep(at));
-    }
-    Ok(Syntax { at, kind, height })
-}
-
-fn highest(parts: &[Syntax]) -> u16 {
-    parts.iter().map(|part| part.height).max().unwrap_or(0)
-}
-
-fn too_deep(at: usize) -> FilterError {
-    FilterError::new(at, format!("the condition is nested more than {MAX_DEPTH} levels deep; write it flatter"))
 }
 
 fn negate_if(negated: bool, syntax: Syntax) -> Result<Syntax, FilterError> {
     if negated {
         let at = syntax.at;
-        node(at, Kind::Not(Box::new(syntax)))
+        Syntax::new(at, Kind::Not(Box::new(syntax)))
     } else {
         Ok(syntax)
     }
@@ -471,64 +374,23 @@ fn negate_if(negated: bool, syntax: Syntax) -> Result<Syntax, FilterError> {
 
 /// `left AND right` or `left OR right`, as one flat node.
 fn chain(at: usize, left: Syntax, right: Syntax, and: bool) -> Result<Syntax, FilterError> {
-    let left_at = left.at;
-    let mut parts = match left.kind {
-        Kind::And(parts) if and => parts,
-        Kind::Or(parts) if !and => parts,
-        kind => vec![Syntax { at: left_at, kind, height: left.height }],
+    let mut parts = match left {
+        Syntax { kind: Kind::And(parts), .. } if and => parts,
+        Syntax { kind: Kind::Or(parts), .. } if !and => parts,
+        left => vec![left],
     };
     parts.push(right);
-    node(at, if and { Kind::And(parts) } else { Kind::Or(parts) })
+    Syntax::new(at, if and { Kind::And(parts) } else { Kind::Or(parts) })
 }
 
 /// A sign directly before a number belongs to it, so that the least integer can be written.
 fn negative(at: usize, inner: Syntax) -> Result<Syntax, FilterError> {
-    match inner.kind {
-        Kind::Number(digits) => node(
-            at,
-            Kind::Number(match digits.strip_prefix('-') {
-                Some(positive) => positive.to_owned(),
-                None => format!("-{digits}"),
-            }),
-        ),
-        kind => {
-            let inner = Syntax { kind, ..inner };
-            node(at, Kind::Negated(Box::new(inner)))
-        }
-    }
-}
-
-impl Comparison {
-    /// The comparison with its sides exchanged.
-    pub(super) fn mirrored(self) -> Self {
-        match self {
-            Self::Less => Self::Greater,
-            Self::LessOrEqual => Self::GreaterOrEqual,
-            Self::Greater => Self::Less,
-            Self::GreaterOrEqual => Self::LessOrEqual,
-            same => same,
-        }
-    }
-
-    pub(super) fn holds(self, order: Ordering) -> bool {
-        match self {
-            Self::Equal => order.is_eq(),
-            Self::NotEqual => order.is_ne(),
-            Self::Less => order.is_lt(),
-            Self::LessOrEqual => order.is_le(),
-            Self::Greater => order.is_gt(),
-            Self::GreaterOrEqual => order.is_ge(),
-        }
-    }
-
-    pub(super) fn symbol(self) -> &'static str {
-        match self {
-            Self::Equal => "=",
-            Self::NotEqual => "<>",
-            Self::Less => "<",
-            Self::LessOrEqual => "<=",
-            Self::Greater => ">",
-            Self::GreaterOrEqual => ">=",
-        }
-    }
+    let kind = match inner {
+        Syntax { kind: Kind::Number(digits), .. } => Kind::Number(match digits.strip_prefix('-') {
+            Some(positive) => positive.to_owned(),
+            None => format!("-{digits}"),
+        }),
+        inner => Kind::Negated(Box::new(inner)),
+    };
+    Syntax::new(at, kind)
 }

@@ -9,13 +9,16 @@ use super::json::Step;
 use super::kind::{ColumnType, common_type};
 use super::like::Pattern;
 use super::operand::{self, Operand};
-use super::parse::{Comparison, Kind, Syntax};
+use super::syntax::{Comparison, Kind, Syntax};
 use super::value::Value;
 use super::{Column, FilterError};
 
-/// Nodes of a plan. Text of the greatest length has fewer; nested `BETWEEN`s, whose operand is
-/// planned for each bound, could grow beyond.
+/// Nodes of a plan, and copies of literals counted by their length. A text of the greatest length has
+/// about two thousand nodes; the left side of `BETWEEN` and `IN` is copied for what it is compared
+/// with.
 const MAX_NODES: usize = 4_096;
+/// Bytes of a copied literal that count as one node.
+const LITERAL_BYTES_PER_NODE: usize = 16;
 
 /// A three-valued test.
 #[derive(Clone, Debug)]
@@ -58,6 +61,18 @@ pub(super) enum Scalar {
     /// Text read as another type; what cannot be read is NULL.
     Cast(Box<Scalar>, ColumnType),
     Truth(Box<Node>),
+}
+
+impl Scalar {
+    /// Bytes of literals and keys, conditions left out.
+    pub(super) fn text_bytes(&self) -> usize {
+        match self {
+            Self::Const(Some(Value::Text(text)), _) => text.len(),
+            Self::Path { steps, .. } => steps.iter().map(Step::text_bytes).sum(),
+            Self::Cast(inner, _) => inner.text_bytes(),
+            Self::Const(..) | Self::Column(..) | Self::Truth(_) => 0,
+        }
+    }
 }
 
 /// A plan and the columns it refers to.
@@ -155,7 +170,11 @@ impl Planner<'_> {
     }
 
     fn count(&mut self, at: usize) -> Result<(), FilterError> {
-        self.nodes += 1;
+        self.spend(at, 1)
+    }
+
+    fn spend(&mut self, at: usize, nodes: usize) -> Result<(), FilterError> {
+        self.nodes += nodes;
         if self.nodes > MAX_NODES {
             let reason = format!("the condition has more than {MAX_NODES} parts; write it shorter");
             return Err(FilterError::new(at, reason));
@@ -184,6 +203,9 @@ impl Planner<'_> {
         (low, high): (&Syntax, &Syntax),
         symmetric: bool,
     ) -> Result<Node, FilterError> {
+        for side in [item, low, high] {
+            plain(side)?;
+        }
         let mut within = |low, high| {
             Ok(Node::And(vec![
                 self.compare(at, Comparison::GreaterOrEqual, item, low)?,
@@ -200,6 +222,7 @@ impl Planner<'_> {
     /// Constants, if there are several, take their common type first and form a list (Postgres:
     /// `= ANY (array)`); everything else is compared one by one.
     fn in_list(&mut self, at: usize, item: &Syntax, elements: &[Syntax]) -> Result<Node, FilterError> {
+        plain(item)?;
         let item = self.operand(item)?;
         let mut constants = Vec::new();
         let mut others = Vec::new();
@@ -219,6 +242,7 @@ impl Planner<'_> {
         } else {
             others.splice(0..0, constants);
         }
+        self.spend(at, others.len().saturating_mul(item.text_bytes() / LITERAL_BYTES_PER_NODE))?;
         for other in others {
             let (left, right) = operand::resolve(item.clone(), other, Comparison::Equal, at)?;
             parts.push(comparison_node(Comparison::Equal, left, right));
@@ -258,6 +282,16 @@ impl Planner<'_> {
             .map_err(|fault| FilterError::new(pattern_at, fault.reason()))?;
         Ok(Node::Like(item, pattern))
     }
+}
+
+/// Sides that are planned or copied more than once must not hold conditions: nested, these would
+/// grow without bound.
+fn plain(side: &Syntax) -> Result<(), FilterError> {
+    if side.is_plain() {
+        return Ok(());
+    }
+    let reason = "BETWEEN, and IN on its left, take columns and literals, not conditions; spell it out with AND and OR";
+    Err(FilterError::new(side.at, reason.to_owned()))
 }
 
 fn negation(node: Node) -> Node {

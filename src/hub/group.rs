@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::Event;
 use crate::hub::plan::TablePlan;
+use crate::protocol::message::ResyncReason;
 
 /// Frames are cut at the end of a transaction once they are this large, bytes.
 pub const FRAME_TARGET_BYTES: usize = 64 << 10;
@@ -159,6 +160,18 @@ pub struct Group {
     pub plans: Plans,
     live: Mutex<Live>,
     newest: AtomicU64,
+    ended: OnceLock<Ended>,
+}
+
+/// A group that cannot go on: a change of the table's shape has broken it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The position of that change; everything through it is still delivered.
+    pub seq: Seq,
+    /// Why.
+    pub reason: ResyncReason,
+    /// Cause and what to do, for people.
+    pub message: String,
 }
 
 /// What a group has after a position.
@@ -177,7 +190,7 @@ impl Group {
     #[must_use]
     pub fn new(key: Arc<str>, id: Arc<str>, plans: Plans, floor: Seq) -> Self {
         let live = Live { frames: VecDeque::new(), bytes: 0, floor, listeners: Vec::new() };
-        Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor) }
+        Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor), ended: OnceLock::new() }
     }
 
     /// Tells `signal` of news from now on.
@@ -192,6 +205,18 @@ impl Group {
             live.listeners.swap_remove(index);
         }
         live.listeners.is_empty()
+    }
+
+    /// Ends the group: its listeners are told once they have everything through the change.
+    pub fn end(&self, ended: Ended) {
+        let _ = self.ended.set(ended);
+        self.wake_all();
+    }
+
+    /// Whether it has ended, and why.
+    #[must_use]
+    pub fn ended(&self) -> Option<&Ended> {
+        self.ended.get()
     }
 
     /// The position after the newest frame: a cheap way to see that there is nothing new.

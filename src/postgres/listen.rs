@@ -128,8 +128,8 @@ pub struct Wakeups {
     pub outbox: tokio::sync::Notify,
     /// A leader resigned.
     pub leadership: tokio::sync::Notify,
-    /// The set of tracked tables, or one of them, changed.
-    pub schema: tokio::sync::Notify,
+    // Counts what may be changes of tracked tables; several wait for them.
+    schema: tokio::sync::watch::Sender<u64>,
     listening: std::sync::atomic::AtomicBool,
 }
 
@@ -146,7 +146,18 @@ impl Wakeups {
         if listening {
             self.outbox.notify_one();
             self.leadership.notify_one();
-            self.schema.notify_one();
+            self.schema_changed();
         }
+    }
+
+    /// The set of tracked tables, or one of them, may have changed.
+    pub fn schema_changed(&self) {
+        self.schema.send_modify(|count| *count += 1);
+    }
+
+    /// Tells of every [`Wakeups::schema_changed`] from now on.
+    #[must_use]
+    pub fn watch_schema(&self) -> tokio::sync::watch::Receiver<u64> {
+        self.schema.subscribe()
     }
 }

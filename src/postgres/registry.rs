@@ -119,6 +119,54 @@ pub struct NodeInfo {
     pub state: String,
 }
 
+/// Counts that stand already are not written again, not even locked, which ON CONFLICT … WHERE would do. A heartbeat
+/// that a crash takes back is worth no wait (synchronous_commit).
+const HEARTBEAT: &str = "
+    WITH relaxed AS MATERIALIZED (
+        SELECT set_config('synchronous_commit', 'off', true)
+    ), before AS (
+        SELECT instance <> $2 AND state <> 'stopped'
+               AND heartbeat_at > clock_timestamp() - $3 * interval '1 second' AS rival
+        FROM tidewire.nodes
+        WHERE node = $1
+    ), me AS (
+        INSERT INTO tidewire.nodes AS n (node, instance, url, version, started_at, heartbeat_at,
+                                         epoch, high_water, connections, subscriptions, state)
+        SELECT $1, $2, $4, $5, clock_timestamp(), clock_timestamp(), $6, $7, $8, $9, $10
+        FROM relaxed
+        ON CONFLICT (node) DO UPDATE
+        SET instance = EXCLUDED.instance, url = EXCLUDED.url, version = EXCLUDED.version,
+            started_at = CASE WHEN n.instance = EXCLUDED.instance THEN n.started_at ELSE EXCLUDED.started_at END,
+            heartbeat_at = EXCLUDED.heartbeat_at, epoch = EXCLUDED.epoch, high_water = EXCLUDED.high_water,
+            connections = EXCLUDED.connections, subscriptions = EXCLUDED.subscriptions, state = EXCLUDED.state
+    ), mine AS MATERIALIZED (
+        SELECT * FROM unnest($11::text[], $12::integer[]) AS m (key_id, connections)
+    ), gone AS (
+        DELETE FROM tidewire.key_connections AS c
+        WHERE c.node = $1 AND NOT EXISTS (SELECT FROM mine WHERE mine.key_id = c.key_id)
+    ), changed AS (
+        SELECT key_id, connections FROM mine
+        EXCEPT
+        SELECT key_id, connections FROM tidewire.key_connections WHERE node = $1
+    ), written AS (
+        INSERT INTO tidewire.key_connections (node, key_id, connections, updated_at)
+        SELECT $1, key_id, connections, clock_timestamp() FROM changed
+        ON CONFLICT (node, key_id) DO UPDATE
+        SET connections = EXCLUDED.connections, updated_at = EXCLUDED.updated_at
+    ), fresh AS MATERIALIZED (
+        SELECT node FROM tidewire.nodes
+        WHERE node <> $1 AND state <> 'stopped'
+              AND heartbeat_at > clock_timestamp() - $3 * interval '1 second'
+    ), counts AS MATERIALIZED (
+        SELECT key_id, sum(connections) AS connections
+        FROM tidewire.key_connections JOIN fresh USING (node)
+        GROUP BY key_id
+    )
+    SELECT (SELECT count(*) FROM fresh) AS other_nodes,
+           coalesce((SELECT rival FROM before), false) AS rival,
+           (SELECT array_agg(key_id ORDER BY key_id) FROM counts) AS key_ids,
+           (SELECT array_agg(connections ORDER BY key_id) FROM counts) AS connections";
+
 /// Writes a heartbeat and this node's connections by key, and reads those of the others: one statement.
 ///
 /// # Errors
@@ -131,68 +179,21 @@ pub async fn heartbeat(
 ) -> Result<Heard, sqlx::Error> {
     let (key_ids, connections): (Vec<&str>, Vec<i32>) =
         own.iter().map(|(key_id, count)| (key_id.as_str(), i32::try_from(*count).unwrap_or(i32::MAX))).unzip();
-    // synchronous_commit: a heartbeat that a crash takes back is worth no wait. Counts that stand already are not
-    // written again, not even locked, which ON CONFLICT … WHERE would do.
-    let row = sqlx::query(
-        "WITH relaxed AS MATERIALIZED (
-             SELECT set_config('synchronous_commit', 'off', true)
-         ), before AS (
-             SELECT instance <> $2 AND state <> 'stopped'
-                    AND heartbeat_at > clock_timestamp() - $3 * interval '1 second' AS rival
-             FROM tidewire.nodes
-             WHERE node = $1
-         ), me AS (
-             INSERT INTO tidewire.nodes AS n (node, instance, url, version, started_at, heartbeat_at,
-                                              epoch, high_water, connections, subscriptions, state)
-             SELECT $1, $2, $4, $5, clock_timestamp(), clock_timestamp(), $6, $7, $8, $9, $10
-             FROM relaxed
-             ON CONFLICT (node) DO UPDATE
-             SET instance = EXCLUDED.instance, url = EXCLUDED.url, version = EXCLUDED.version,
-                 started_at = CASE WHEN n.instance = EXCLUDED.instance THEN n.started_at ELSE EXCLUDED.started_at END,
-                 heartbeat_at = EXCLUDED.heartbeat_at, epoch = EXCLUDED.epoch, high_water = EXCLUDED.high_water,
-                 connections = EXCLUDED.connections, subscriptions = EXCLUDED.subscriptions, state = EXCLUDED.state
-         ), mine AS MATERIALIZED (
-             SELECT * FROM unnest($11::text[], $12::integer[]) AS m (key_id, connections)
-         ), gone AS (
-             DELETE FROM tidewire.key_connections AS c
-             WHERE c.node = $1 AND NOT EXISTS (SELECT FROM mine WHERE mine.key_id = c.key_id)
-         ), changed AS (
-             SELECT key_id, connections FROM mine
-             EXCEPT
-             SELECT key_id, connections FROM tidewire.key_connections WHERE node = $1
-         ), written AS (
-             INSERT INTO tidewire.key_connections (node, key_id, connections, updated_at)
-             SELECT $1, key_id, connections, clock_timestamp() FROM changed
-             ON CONFLICT (node, key_id) DO UPDATE
-             SET connections = EXCLUDED.connections, updated_at = EXCLUDED.updated_at
-         ), fresh AS MATERIALIZED (
-             SELECT node FROM tidewire.nodes
-             WHERE node <> $1 AND state <> 'stopped'
-                   AND heartbeat_at > clock_timestamp() - $3 * interval '1 second'
-         ), counts AS MATERIALIZED (
-             SELECT key_id, sum(connections) AS connections
-             FROM tidewire.key_connections JOIN fresh USING (node)
-             GROUP BY key_id
-         )
-         SELECT (SELECT count(*) FROM fresh) AS other_nodes,
-                coalesce((SELECT rival FROM before), false) AS rival,
-                (SELECT array_agg(key_id ORDER BY key_id) FROM counts) AS key_ids,
-                (SELECT array_agg(connections ORDER BY key_id) FROM counts) AS connections",
-    )
-    .bind(&identity.node)
-    .bind(identity.instance)
-    .bind(FRESH.as_secs_f64())
-    .bind(&identity.url)
-    .bind(&identity.version)
-    .bind(report.epoch.map(|epoch| i32::try_from(epoch).unwrap_or(i32::MAX)))
-    .bind(report.high_water.map(|seq| i64::try_from(seq).unwrap_or(i64::MAX)))
-    .bind(i32::try_from(report.connections).unwrap_or(i32::MAX))
-    .bind(i32::try_from(report.subscriptions).unwrap_or(i32::MAX))
-    .bind(report.state.to_string())
-    .bind(key_ids)
-    .bind(connections)
-    .fetch_one(pool)
-    .await?;
+    let row = sqlx::query(HEARTBEAT)
+        .bind(&identity.node)
+        .bind(identity.instance)
+        .bind(FRESH.as_secs_f64())
+        .bind(&identity.url)
+        .bind(&identity.version)
+        .bind(report.epoch.map(|epoch| i32::try_from(epoch).unwrap_or(i32::MAX)))
+        .bind(report.high_water.map(|seq| i64::try_from(seq).unwrap_or(i64::MAX)))
+        .bind(i32::try_from(report.connections).unwrap_or(i32::MAX))
+        .bind(i32::try_from(report.subscriptions).unwrap_or(i32::MAX))
+        .bind(report.state.to_string())
+        .bind(key_ids)
+        .bind(connections)
+        .fetch_one(pool)
+        .await?;
     let key_ids: Option<Vec<String>> = row.try_get("key_ids")?;
     let connections: Option<Vec<i64>> = row.try_get("connections")?;
     let counts = key_ids.into_iter().flatten().zip(connections.into_iter().flatten());

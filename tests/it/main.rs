@@ -1,6 +1,8 @@
 //! Integration tests: real Postgres, real nodes; a module for each promise.
 
 mod auth;
+mod filter;
 mod migrations;
 mod private_server;
+mod schema;
 mod support;

@@ -1,0 +1,100 @@
+//! The `sync` requests of a client: one is under way at a time, because an `error` does not name the one it answers.
+//!
+//! Pure. A request outlives its connection and is asked again on the next one, until its own deadline.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Names a request between the machine and the driver.
+pub(super) type Token = u64;
+
+/// A little more than the server's own limit, so that its answer wins.
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+struct Pending {
+    token: Token,
+    tx: String,
+    timeout: Duration,
+    deadline: Instant,
+    asked: bool,
+}
+
+/// Requests in the order in which they came.
+#[derive(Debug, Default)]
+pub(super) struct Requests(VecDeque<Pending>);
+
+impl Requests {
+    pub(super) fn add(&mut self, token: Token, tx: String, timeout: Duration, now: Instant) {
+        self.0.push_back(Pending { token, tx, timeout, deadline: now + timeout, asked: false });
+    }
+
+    /// The request to send now, with the time that it has left.
+    pub(super) fn next(&mut self, now: Instant) -> Option<(String, Duration)> {
+        let head = self.0.front_mut().filter(|head| !head.asked)?;
+        head.asked = true;
+        Some((head.tx.clone(), head.deadline.saturating_duration_since(now)))
+    }
+
+    /// A new connection knows of none.
+    pub(super) fn restart(&mut self) {
+        for request in &mut self.0 {
+            request.asked = false;
+        }
+    }
+
+    /// The one that `synced` answers.
+    pub(super) fn synced(&mut self, tx: &str) -> Option<Token> {
+        self.0.pop_front_if(|head| head.asked && head.tx == tx).map(|head| head.token)
+    }
+
+    /// The one that an `error` answers.
+    pub(super) fn refuse(&mut self) -> Option<Token> {
+        self.0.pop_front_if(|head| head.asked).map(|head| head.token)
+    }
+
+    /// When [`expired`](Self::expired) has something to say.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.0.iter().map(|request| request.deadline + GRACE).min()
+    }
+
+    /// Those without an answer in time.
+    pub(super) fn expired(&mut self, now: Instant) -> Vec<(Token, Duration)> {
+        let late = |request: &Pending| now >= request.deadline + GRACE;
+        let expired = self.0.iter().filter(|request| late(request)).map(|request| (request.token, request.timeout));
+        let expired = expired.collect();
+        self.0.retain(|request| !late(request));
+        expired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_request_is_under_way_at_a_time_and_is_asked_again_after_a_loss() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let mut requests = Requests::default();
+        requests.add(1, "70".into(), second, now);
+        requests.add(2, "71".into(), second, now);
+        assert_eq!(requests.next(now), Some(("70".into(), second)));
+        assert_eq!(requests.next(now), None);
+        assert_eq!(requests.synced("71"), None);
+        requests.restart();
+        assert_eq!(requests.next(now).map(|next| next.0), Some("70".into()));
+        assert_eq!(requests.synced("70"), Some(1));
+        assert_eq!(requests.next(now).map(|next| next.0), Some("71".into()));
+        assert_eq!(requests.refuse(), Some(2));
+    }
+
+    #[test]
+    fn a_request_without_an_answer_expires_after_the_servers_own_limit() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let mut requests = Requests::default();
+        requests.add(1, "70".into(), second, now);
+        assert!(requests.expired(now + second).is_empty());
+        assert_eq!(requests.expired(now + second + GRACE), [(1, second)]);
+        assert_eq!(requests.deadline(), None);
+    }
+}

@@ -1,0 +1,204 @@
+//! `GET /v1/sse`: one subscription as Server-Sent Events.
+//!
+//! The same session as a WebSocket's, with one subscription and a client that cannot speak. A reconnecting `EventSource`
+//! sends `Last-Event-ID`, which is the cursor.
+
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{RawQuery, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::Response;
+use futures_util::Stream;
+
+use crate::http::credentials::{self, Query};
+use crate::http::problem::Problem;
+use crate::http::ws::{check_origin, has_room};
+use crate::protocol::error::ErrorCode;
+use crate::protocol::message::{ClientMessage, From, ServerMessage, Subscribe};
+use crate::session::Context;
+use crate::session::live::{Emit, Session};
+use crate::session::socket::text_of;
+
+/// A comment at least this often, so that nothing in between believes the stream dead.
+const COMMENT_INTERVAL: Duration = Duration::from_secs(15);
+/// Reconnect after a cut, milliseconds; jittered by half.
+const RETRY_MS: u64 = 1_000;
+/// Reconnect after the position is gone: not without a person's doing.
+const RETRY_GONE_MS: u64 = 3_600_000;
+/// The id of the only subscription.
+const ID: &str = "sse";
+
+/// Opens the stream.
+///
+/// # Errors
+/// A [`Problem`] before the stream begins; later errors are events.
+pub async fn stream(
+    State(context): State<Arc<Context>>,
+    RawQuery(raw): RawQuery,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    check_origin(&context, &headers)?;
+    has_room(&context)?;
+    let query = credentials::query(raw.as_deref());
+    let subscribe = read(&context, &headers, &query)?;
+    let Some(access) = credentials::access(&context, &headers, &query).await? else {
+        let what = "send the key as Authorization: Bearer, or a ticket from POST /v1/tickets";
+        return Err(Problem::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthenticated, what));
+    };
+    let guard = credentials::connection(&context, &access)?;
+    let mut session = Session::new(Arc::clone(&context), Some((access, guard)), false);
+    let text = serde_json::to_string(&ClientMessage::Subscribe(subscribe)).unwrap_or_default();
+    session.message(&text);
+    let hard = context.lifecycle.hard().clone();
+    let transport = context.metrics.connections.with_label_values(&["sse"]);
+    transport.inc();
+    context.metrics.connections_total.with_label_values(&["sse"]).inc();
+    let retry = rand::random_range(RETRY_MS / 2..RETRY_MS * 3 / 2);
+    let events = Events {
+        session,
+        transport,
+        greeting: Some(format!("retry: {retry}\n\n")),
+        comment: Box::pin(tokio::time::sleep(COMMENT_INTERVAL)),
+        over: false,
+        stopped: Box::pin(hard.cancelled_owned()),
+    };
+    let mut response = Response::new(Body::from_stream(events));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // nginx would collect the stream.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+fn read(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Subscribe, Problem> {
+    let all = |wanted: &str| -> Vec<String> {
+        query.iter().filter(|(name, _)| name == wanted).map(|(_, value)| value.clone()).collect()
+    };
+    let one = |wanted: &str| query.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.clone());
+    let bad = |what: String| Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what);
+    let last_id = headers.get("last-event-id").and_then(|value| value.to_str().ok()).filter(|text| !text.is_empty());
+    let cursor = last_id.map(str::to_owned).or_else(|| one("cursor"));
+    let from = match (cursor, one("from").as_deref()) {
+        (Some(cursor), _) => From::Cursor(cursor),
+        (None, None | Some("now")) => From::Now,
+        (None, Some("snapshot")) => From::Snapshot,
+        (None, Some("oldest")) => match context.hub.oldest() {
+            Some(cursor) => From::Cursor(cursor.to_string()),
+            None => return Err(Problem::unavailable("this node does not know the log's state yet", 1)),
+        },
+        (None, Some(other)) => return Err(bad(format!("from={other}: use now, oldest or snapshot"))),
+    };
+    let tables = all("table");
+    if tables.is_empty() {
+        return Err(bad("name at least one table: /v1/sse?table=public.orders".to_owned()));
+    }
+    let (ops, columns) = (all("op"), all("column"));
+    Ok(Subscribe {
+        id: ID.to_owned(),
+        tables,
+        ops: (!ops.is_empty()).then_some(ops),
+        filter: one("where"),
+        columns: (!columns.is_empty()).then_some(columns),
+        from,
+    })
+}
+
+/// The body: what the session says, as event-stream text.
+struct Events {
+    session: Session,
+    transport: prometheus::IntGauge,
+    greeting: Option<String>,
+    comment: Pin<Box<tokio::time::Sleep>>,
+    over: bool,
+    stopped: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.transport.dec();
+    }
+}
+
+impl Stream for Events {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        if let Some(greeting) = this.greeting.take() {
+            return Poll::Ready(Some(Ok(greeting.into())));
+        }
+        if this.over || this.stopped.as_mut().poll(task).is_ready() {
+            return Poll::Ready(None);
+        }
+        while let Poll::Ready(emit) = this.session.poll_emit(task) {
+            this.session.heard();
+            let (text, over) = event_text(emit);
+            this.over = over;
+            if !text.is_empty() {
+                let next = Instant::now() + COMMENT_INTERVAL;
+                this.comment.as_mut().reset(next.into());
+                return Poll::Ready(Some(Ok(text.into())));
+            }
+            if over {
+                return Poll::Ready(None);
+            }
+        }
+        if this.comment.as_mut().poll(task).is_ready() {
+            let next = Instant::now() + COMMENT_INTERVAL;
+            this.comment.as_mut().reset(next.into());
+            return Poll::Ready(Some(Ok(Bytes::from_static(b": \n\n"))));
+        }
+        Poll::Pending
+    }
+}
+
+/// The text of one event, and whether the stream ends after it.
+fn event_text(emit: Emit) -> (String, bool) {
+    match emit {
+        Emit::Events { frame, .. } => {
+            let body = String::from_utf8_lossy(&frame.body);
+            let data = format!("{{\"cursor\":\"{}\",\"events\":[{body}]}}", frame.cursor);
+            (event("events", Some(&frame.cursor.to_string()), &data), false)
+        }
+        Emit::Message(message) => match &message {
+            ServerMessage::CaughtUp { cursor, .. } => {
+                (event("caught_up", Some(&cursor.to_string()), &text_of(&message)), false)
+            }
+            ServerMessage::Progress { cursor, .. } => {
+                (event("progress", Some(&cursor.to_string()), &text_of(&message)), false)
+            }
+            ServerMessage::ResyncRequired(_) => {
+                let text = event("resync_required", None, &text_of(&message));
+                (format!("retry: {RETRY_GONE_MS}\n{text}"), true)
+            }
+            ServerMessage::Error { .. } => {
+                let text = event("error", None, &text_of(&message));
+                (format!("retry: {}\n{text}", RETRY_MS * 10), true)
+            }
+            ServerMessage::Drain { reconnect_after_ms, .. } => (format!("retry: {reconnect_after_ms}\n\n"), false),
+            _ => (String::new(), false),
+        },
+        Emit::Ping => (String::from(": \n\n"), false),
+        Emit::Close(_) => (String::new(), true),
+    }
+}
+
+fn event(name: &str, id: Option<&str>, data: &str) -> String {
+    let mut out = String::with_capacity(data.len() + 96);
+    let _ = write!(out, "event: {name}\n");
+    if let Some(id) = id {
+        let _ = write!(out, "id: {id}\n");
+    }
+    // One line: line breaks in JSON text stand between tokens only.
+    out.push_str("data: ");
+    out.extend(data.chars().map(|c| if c == '\n' || c == '\r' { ' ' } else { c }));
+    out.push_str("\n\n");
+    out
+}

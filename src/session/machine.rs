@@ -1,0 +1,571 @@
+//! One connection's protocol, sans-IO: messages and instants in, messages and wishes out.
+//!
+//! `Greeting → Open → Draining → Closed`. Each subscription is `Starting` (its wish is being judged), then running at a
+//! position. Invariants, kept whatever comes in and tried with random scripts: a position never goes back; `events`
+//! carries the position before it; `caught_up` comes exactly once; every wish is answered or the connection closes;
+//! nothing is said after a close.
+//!
+//! Pure: no clock, no sockets, no hub. Who drives it asks [`Machine::poll`] for what to do next and tells it the time.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cursor::{Cursor, Seq};
+use crate::protocol::close::CloseCode;
+use crate::protocol::error::{ErrorCode, Retry, WireError};
+use crate::protocol::message::{
+    Auth, ClientMessage, Limits, MAX_ID_CHARS, Resync, ServerMessage, Source, Subscribe, Welcome,
+};
+
+/// Messages that may come at once above the sustained rate.
+const BURST: f64 = 50.0;
+/// A client that stays above the rate for this long is closed.
+const INSISTENCE: Duration = Duration::from_secs(10);
+/// Longest wait of `sync`, also when the client names none.
+const MAX_SYNC: Duration = Duration::from_secs(30);
+/// Syncs that may wait at once.
+const MAX_SYNCS: usize = 16;
+
+/// Times that a machine keeps.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Between two pings.
+    pub heartbeat: Duration,
+    /// Longest silence of a caught-up subscription.
+    pub progress: Duration,
+    /// Wait for `auth`.
+    pub auth_timeout: Duration,
+    /// Whether silence of the client ends the connection (a WebSocket answers pings, an event stream cannot).
+    pub expects_answers: bool,
+}
+
+/// What the driver is to do.
+#[derive(Debug, PartialEq)]
+pub enum Output {
+    /// Send this.
+    Send(ServerMessage),
+    /// Send a ping.
+    Ping,
+    /// Say goodbye and close.
+    Close(CloseCode),
+    /// Judge these credentials; answer with [`Machine::welcome`] or [`Machine::refuse`].
+    Authenticate(Auth),
+    /// Judge this wish; answer with [`Machine::started`] or [`Machine::not_started`].
+    Start {
+        /// Tells this wish from a later one of the same id.
+        serial: u64,
+        /// The wish.
+        subscribe: Box<Subscribe>,
+    },
+    /// The subscription of this id is over: let go of what serves it.
+    Stop(Arc<str>),
+    /// Find out where this transaction stands; answer with [`Machine::sync_found`] or [`Machine::sync_failed`].
+    Sync {
+        /// Its id.
+        xid: u64,
+        /// When to give up.
+        until: Instant,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Greeting { until: Instant },
+    Authenticating,
+    Open,
+    Draining { close_at: Instant },
+    Closed,
+}
+
+#[derive(Debug)]
+struct Subscription {
+    id: Arc<str>,
+    serial: u64,
+    // None while it starts.
+    position: Option<Cursor>,
+    caught_up: bool,
+    last_said: Instant,
+    // Everything up to here that matches has been handed over, said or not.
+    passed: Seq,
+}
+
+#[derive(Debug)]
+struct Sync {
+    tx: String,
+    xid: u64,
+    until: Instant,
+    target: Option<Cursor>,
+}
+
+/// One connection's state.
+#[derive(Debug)]
+pub struct Machine {
+    timing: Timing,
+    limits: Limits,
+    phase: Phase,
+    subscriptions: Vec<Subscription>,
+    serial: u64,
+    syncs: Vec<Sync>,
+    outputs: VecDeque<Output>,
+    heard: Instant,
+    ping_at: Instant,
+    tokens: f64,
+    tokens_at: Instant,
+    limited_since: Option<Instant>,
+}
+
+impl Machine {
+    /// A connection that begins. Without credentials the server says nothing until `auth` comes.
+    #[must_use]
+    pub fn new(now: Instant, timing: Timing, limits: Limits) -> Self {
+        Self {
+            timing,
+            limits,
+            phase: Phase::Greeting { until: now + timing.auth_timeout },
+            subscriptions: Vec::new(),
+            serial: 0,
+            syncs: Vec::new(),
+            outputs: VecDeque::new(),
+            heard: now,
+            ping_at: now + timing.heartbeat,
+            tokens: BURST,
+            tokens_at: now,
+            limited_since: None,
+        }
+    }
+
+    /// What to do next.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// Whether the connection is over.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.phase == Phase::Closed
+    }
+
+    /// Anything came from the client.
+    pub fn heard(&mut self, now: Instant) {
+        self.heard = now;
+    }
+
+    /// When the client may be read again; None: now. Above the rate the server stops reading for a while.
+    #[must_use]
+    pub fn paused_until(&self, now: Instant) -> Option<Instant> {
+        let rate = f64::from(self.limits.messages_per_s.max(1));
+        let available = self.tokens + now.saturating_duration_since(self.tokens_at).as_secs_f64() * rate;
+        (available < 1.0).then(|| now + Duration::from_secs_f64((1.0 - available) / rate))
+    }
+
+    fn spend(&mut self, now: Instant) {
+        let rate = f64::from(self.limits.messages_per_s.max(1));
+        let refill = now.saturating_duration_since(self.tokens_at).as_secs_f64() * rate;
+        self.tokens = (self.tokens + refill).min(BURST) - 1.0;
+        self.tokens_at = now;
+        if self.tokens >= BURST / 2.0 {
+            self.limited_since = None;
+        } else if self.tokens < 1.0 {
+            let since = *self.limited_since.get_or_insert(now);
+            if now.saturating_duration_since(since) >= INSISTENCE {
+                let what = "too many messages: stay within limits.messages_per_s";
+                self.fail(WireError::backoff(ErrorCode::RateLimited, what, 1_000), CloseCode::RateLimited);
+            }
+        }
+    }
+
+    /// A text message of the client.
+    pub fn message(&mut self, now: Instant, text: &str) {
+        self.heard = now;
+        if self.phase == Phase::Closed {
+            return;
+        }
+        self.spend(now);
+        if self.phase == Phase::Closed {
+            return;
+        }
+        match serde_json::from_str::<ClientMessage>(text) {
+            Ok(message) => self.client(now, message),
+            Err(error) => {
+                let (code, close) = match self.phase {
+                    Phase::Greeting { .. } => (ErrorCode::Unauthenticated, CloseCode::Unauthenticated),
+                    _ => (ErrorCode::BadMessage, CloseCode::BadMessage),
+                };
+                self.fail(WireError::never(code, format!("not a message of version 1: {error}")), close);
+            }
+        }
+    }
+
+    fn client(&mut self, now: Instant, message: ClientMessage) {
+        match (self.phase, message) {
+            (Phase::Closed, _) => {}
+            (Phase::Greeting { .. } | Phase::Open | Phase::Draining { .. }, ClientMessage::Auth(auth)) => {
+                if matches!(self.phase, Phase::Greeting { .. }) {
+                    self.phase = Phase::Authenticating;
+                }
+                self.outputs.push_back(Output::Authenticate(auth));
+            }
+            (Phase::Greeting { .. }, _) => {
+                let what = "the first message must be auth, as no credential came with the upgrade";
+                self.fail(WireError::never(ErrorCode::Unauthenticated, what), CloseCode::Unauthenticated);
+            }
+            (Phase::Authenticating, _) => {
+                let what = "wait for welcome before the next message";
+                self.fail(WireError::never(ErrorCode::Unauthenticated, what), CloseCode::Unauthenticated);
+            }
+            (_, ClientMessage::Ping { t }) => self.send(ServerMessage::Pong { t }),
+            (_, ClientMessage::Subscribe(subscribe)) => self.subscribe(now, subscribe),
+            (_, ClientMessage::Unsubscribe { id }) => {
+                self.end(&id);
+                self.send(ServerMessage::Unsubscribed { id });
+            }
+            (_, ClientMessage::Sync { tx, timeout_ms }) => self.sync(now, tx, timeout_ms),
+        }
+    }
+
+    /// The credentials are good: says `welcome`, or takes note of a new token.
+    pub fn welcome(&mut self, welcome: Welcome) {
+        if matches!(self.phase, Phase::Greeting { .. } | Phase::Authenticating) {
+            self.phase = Phase::Open;
+            self.send(ServerMessage::Welcome(welcome));
+        }
+    }
+
+    /// The credentials are not good, or no longer: says why and closes.
+    pub fn refuse(&mut self, error: WireError, close: CloseCode) {
+        self.fail(error, close);
+    }
+
+    fn subscribe(&mut self, now: Instant, subscribe: Subscribe) {
+        let length = subscribe.id.chars().count();
+        let refusal = if length == 0 || length > MAX_ID_CHARS {
+            let what = format!("a subscription's id has 1 to {MAX_ID_CHARS} characters");
+            self.fail(WireError::never(ErrorCode::BadMessage, what), CloseCode::BadMessage);
+            return;
+        } else if self.find(&subscribe.id).is_some() {
+            WireError::never(ErrorCode::DuplicateId, "this id is in use on this connection: unsubscribe first")
+        } else if self.subscriptions.len() >= self.limits.subscriptions {
+            let what = format!("at most {} subscriptions a connection: open another", self.limits.subscriptions);
+            WireError::never(ErrorCode::TooManySubscriptions, what)
+        } else if subscribe.filter.as_ref().is_some_and(|filter| filter.len() > self.limits.filter_bytes) {
+            let what = format!("a filter has at most {} bytes", self.limits.filter_bytes);
+            WireError::never(ErrorCode::TooLarge, what)
+        } else {
+            self.serial += 1;
+            self.subscriptions.push(Subscription {
+                id: subscribe.id.as_str().into(),
+                serial: self.serial,
+                position: None,
+                caught_up: false,
+                last_said: now,
+                passed: 0,
+            });
+            self.outputs.push_back(Output::Start { serial: self.serial, subscribe: Box::new(subscribe) });
+            return;
+        };
+        self.error(Some(subscribe.id), refusal);
+    }
+
+    /// The wish is granted, from `cursor` on. Gives the subscription's id; None when nobody waits for it any more.
+    pub fn started(
+        &mut self,
+        now: Instant,
+        serial: u64,
+        cursor: Cursor,
+        recovered: Option<bool>,
+        source: Source,
+    ) -> Option<Arc<str>> {
+        let subscription = self.subscriptions.iter_mut().find(|subscription| subscription.serial == serial)?;
+        subscription.position = Some(cursor);
+        subscription.passed = cursor.seq;
+        subscription.last_said = now;
+        let id = Arc::clone(&subscription.id);
+        self.send(ServerMessage::Subscribed { id: id.to_string(), cursor: Some(cursor), recovered, source });
+        Some(id)
+    }
+
+    /// The wish is refused.
+    pub fn not_started(&mut self, serial: u64, error: WireError) {
+        if let Some(id) = self.forget_serial(serial) {
+            self.error(Some(id), error);
+            self.settle_syncs();
+        }
+    }
+
+    /// The wish cannot be granted from the position that it names.
+    pub fn not_resumed(&mut self, serial: u64, resync: Resync) {
+        if let Some(id) = self.forget_serial(serial) {
+            self.send(ServerMessage::ResyncRequired(Resync { id, ..resync }));
+            self.settle_syncs();
+        }
+    }
+
+    fn forget_serial(&mut self, serial: u64) -> Option<String> {
+        let index = self.subscriptions.iter().position(|subscription| subscription.serial == serial)?;
+        Some(self.subscriptions.remove(index).id.to_string())
+    }
+
+    /// The subscription has ended because its position cannot be resumed from.
+    pub fn resync(&mut self, resync: Resync) {
+        if self.forget(&resync.id) {
+            self.outputs.push_back(Output::Stop(resync.id.as_str().into()));
+            self.send(ServerMessage::ResyncRequired(resync));
+            self.settle_syncs();
+        }
+    }
+
+    /// An `events` frame that ends at `cursor` goes out for `id`; gives the position before it. None: it must not go,
+    /// because the subscription is over or the frame would go back.
+    pub fn events(&mut self, now: Instant, id: &str, cursor: Cursor) -> Option<Cursor> {
+        if self.phase == Phase::Closed {
+            return None;
+        }
+        let subscription = self.find(id)?;
+        let before = subscription.position?;
+        if cursor <= before && cursor.seq <= before.seq {
+            return None;
+        }
+        subscription.position = Some(cursor);
+        subscription.passed = cursor.seq;
+        subscription.last_said = now;
+        Some(before)
+    }
+
+    /// Nothing up to `seq` was for `id`.
+    pub fn passed(&mut self, id: &str, seq: Seq) {
+        if let Some(subscription) = self.find(id) {
+            subscription.passed = subscription.passed.max(seq);
+        }
+    }
+
+    /// `id` has everything up to `boundary`, the end of the newest whole transaction.
+    pub fn reached(&mut self, now: Instant, id: &str, boundary: Cursor) {
+        let Some(subscription) = self.find(id) else { return };
+        subscription.passed = subscription.passed.max(boundary.seq);
+        let Some(position) = subscription.position else { return };
+        // Inside an open transaction there is nothing to say yet.
+        if !subscription.caught_up && boundary.seq >= position.seq {
+            let cursor = if boundary.seq > position.seq { boundary } else { position };
+            subscription.caught_up = true;
+            subscription.position = Some(cursor);
+            subscription.last_said = now;
+            self.send(ServerMessage::CaughtUp { id: id.to_owned(), cursor });
+        }
+    }
+
+    /// Says `progress` for every caught-up subscription that was silent for long. Call when nothing is left to deliver up
+    /// to `boundary`; None while the node cannot tell (then the positions are repeated).
+    pub fn progress(&mut self, now: Instant, boundary: Option<Cursor>) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        let silent = self.timing.progress / 2;
+        let mut said: Vec<(Cursor, Vec<String>)> = Vec::new();
+        for subscription in &mut self.subscriptions {
+            let Some(position) = subscription.position.filter(|_| subscription.caught_up) else { continue };
+            if now.saturating_duration_since(subscription.last_said) < silent {
+                continue;
+            }
+            let cursor = match boundary {
+                Some(boundary) if boundary.seq < position.seq => continue,
+                Some(boundary) if boundary.seq > position.seq => boundary,
+                _ => position,
+            };
+            subscription.position = Some(cursor);
+            subscription.passed = subscription.passed.max(cursor.seq);
+            subscription.last_said = now;
+            match said.iter_mut().find(|(at, _)| *at == cursor) {
+                Some((_, ids)) => ids.push(subscription.id.to_string()),
+                None => said.push((cursor, vec![subscription.id.to_string()])),
+            }
+        }
+        for (cursor, ids) in said {
+            self.send(ServerMessage::Progress { ids, cursor });
+        }
+    }
+
+    /// Whether `progress` is due.
+    #[must_use]
+    pub fn progress_due(&self, now: Instant) -> bool {
+        self.progress_at().is_some_and(|at| at <= now)
+    }
+
+    fn progress_at(&self) -> Option<Instant> {
+        let running = self.subscriptions.iter().filter(|subscription| subscription.caught_up);
+        running.map(|subscription| subscription.last_said + self.timing.progress).min()
+    }
+
+    fn sync(&mut self, now: Instant, tx: String, timeout_ms: Option<u64>) {
+        // Postgres's xid8 is 64 bits; ids below 3 are its own.
+        let Some(xid) = tx.parse::<u64>().ok().filter(|xid| *xid >= 3 && *xid <= i64::MAX.cast_unsigned()) else {
+            let what = "sync's tx is the decimal text of pg_current_xact_id()";
+            self.error(None, WireError::never(ErrorCode::BadMessage, what));
+            return;
+        };
+        if self.syncs.len() >= MAX_SYNCS {
+            let what = format!("at most {MAX_SYNCS} syncs wait at once");
+            self.error(None, WireError::backoff(ErrorCode::RateLimited, what, 100));
+            return;
+        }
+        let until = now + timeout_ms.map_or(MAX_SYNC, Duration::from_millis).min(MAX_SYNC);
+        self.syncs.push(Sync { tx, xid, until, target: None });
+        self.outputs.push_back(Output::Sync { xid, until });
+    }
+
+    /// Everything of the transaction, or all that was there when it was found to have no events, lies up to `target`.
+    pub fn sync_found(&mut self, xid: u64, target: Cursor) {
+        for sync in self.syncs.iter_mut().filter(|sync| sync.xid == xid) {
+            sync.target = Some(target);
+        }
+        self.settle_syncs();
+    }
+
+    /// The sync cannot be answered.
+    pub fn sync_failed(&mut self, xid: u64, error: &WireError) {
+        let failed = self.syncs.extract_if(.., |sync| sync.xid == xid).count();
+        for _ in 0..failed {
+            self.error(None, error.clone());
+        }
+    }
+
+    /// Answers the syncs whose target every running subscription has passed. Call after each turn of delivery.
+    pub fn settle_syncs(&mut self) {
+        if self.syncs.is_empty() {
+            return;
+        }
+        let starting = self.subscriptions.iter().any(|subscription| subscription.position.is_none());
+        let passed = self.subscriptions.iter().map(|subscription| subscription.passed).min().unwrap_or(Seq::MAX);
+        let done = |sync: &mut Sync| !starting && sync.target.is_some_and(|target| target.seq <= passed);
+        for sync in self.syncs.extract_if(.., done).collect::<Vec<_>>() {
+            if let Some(cursor) = sync.target {
+                self.send(ServerMessage::Synced { tx: sync.tx, cursor });
+            }
+        }
+    }
+
+    /// Whether a sync waits for the subscriptions to get on.
+    #[must_use]
+    pub fn is_syncing(&self) -> bool {
+        self.syncs.iter().any(|sync| sync.target.is_some())
+    }
+
+    /// The node is about to go: this client's slot and the node's end, from now.
+    pub fn drain(&mut self, now: Instant, slot: Duration, deadline: Duration) {
+        match self.phase {
+            Phase::Greeting { .. } | Phase::Authenticating => self.close(CloseCode::Restart),
+            Phase::Open => {
+                self.send(ServerMessage::Drain { reconnect_after_ms: millis(slot), deadline_ms: millis(deadline) });
+                self.phase = Phase::Draining { close_at: now + slot };
+            }
+            Phase::Draining { .. } | Phase::Closed => {}
+        }
+    }
+
+    /// When [`Machine::tick`] must be called at the latest.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        let mut deadline = self.ping_at;
+        match self.phase {
+            Phase::Greeting { until } => deadline = deadline.min(until),
+            Phase::Draining { close_at } => deadline = deadline.min(close_at),
+            _ => {}
+        }
+        if self.timing.expects_answers {
+            deadline = deadline.min(self.heard + self.timing.heartbeat * 2);
+        }
+        let syncs = self.syncs.iter().map(|sync| sync.until).min();
+        [self.progress_at(), syncs].into_iter().flatten().fold(deadline, Instant::min)
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Closed => return,
+            Phase::Greeting { until } if until <= now => {
+                let what = "no auth message came in time";
+                return self.fail(WireError::never(ErrorCode::Unauthenticated, what), CloseCode::AuthTimeout);
+            }
+            Phase::Draining { close_at } if close_at <= now => return self.close(CloseCode::Restart),
+            _ => {}
+        }
+        if self.timing.expects_answers && self.heard + self.timing.heartbeat * 2 <= now {
+            return self.close(CloseCode::NoPong);
+        }
+        if self.ping_at <= now {
+            self.ping_at = now + self.timing.heartbeat;
+            self.outputs.push_back(Output::Ping);
+        }
+        let late = self.syncs.extract_if(.., |sync| sync.until <= now).collect::<Vec<_>>();
+        for sync in late {
+            let what = format!("transaction {} was not over, or not relayed, within the time given", sync.tx);
+            self.error(None, WireError::backoff(ErrorCode::Unavailable, what, 1_000));
+        }
+    }
+
+    /// Closes for a reason of the server's, or because the client has gone.
+    pub fn close(&mut self, code: CloseCode) {
+        if self.phase != Phase::Closed {
+            self.phase = Phase::Closed;
+            self.subscriptions.clear();
+            self.syncs.clear();
+            self.outputs.push_back(Output::Close(code));
+        }
+    }
+
+    fn fail(&mut self, error: WireError, close: CloseCode) {
+        if self.phase != Phase::Closed {
+            self.error(None, error);
+            self.close(close);
+        }
+    }
+
+    fn error(&mut self, id: Option<String>, error: WireError) {
+        let WireError { code, message, retry, retry_after_ms } = error;
+        self.send(ServerMessage::Error { id, code, message, retry, retry_after_ms });
+    }
+
+    fn send(&mut self, message: ServerMessage) {
+        if self.phase != Phase::Closed {
+            self.outputs.push_back(Output::Send(message));
+        }
+    }
+
+    fn find(&mut self, id: &str) -> Option<&mut Subscription> {
+        self.subscriptions.iter_mut().find(|subscription| *subscription.id == *id)
+    }
+
+    fn forget(&mut self, id: &str) -> bool {
+        let before = self.subscriptions.len();
+        self.subscriptions.retain(|subscription| *subscription.id != *id);
+        self.subscriptions.len() < before
+    }
+
+    fn end(&mut self, id: &str) {
+        if self.forget(id) {
+            self.outputs.push_back(Output::Stop(id.into()));
+            self.settle_syncs();
+        }
+    }
+
+    /// The position of a subscription.
+    #[must_use]
+    pub fn position(&self, id: &str) -> Option<Cursor> {
+        self.subscriptions.iter().find(|subscription| *subscription.id == *id)?.position
+    }
+}
+
+/// An error whose cause is that Postgres, or this node's knowledge of it, is away.
+#[must_use]
+pub fn unavailable(what: &str) -> WireError {
+    WireError {
+        code: ErrorCode::Unavailable,
+        message: format!("{what}: try again with backoff"),
+        retry: Retry::Backoff,
+        retry_after_ms: Some(1_000),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,235 @@
+//! A session over a WebSocket: one task that reads, writes and waits, all in one poll.
+//!
+//! Frames are fed into the socket's small write buffer while it takes them and flushed together. When it does not, the
+//! session is simply not asked for more: its positions wait in the ring. A client that accepts nothing for
+//! `slow_after` is closed with 4008 and may resume.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant};
+
+use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket};
+use futures_util::{Sink as _, Stream as _};
+use tokio_tungstenite::tungstenite::Error as WireFault;
+use tokio_tungstenite::tungstenite::error::CapacityError;
+
+use crate::protocol::close::CloseCode;
+use crate::protocol::error::{ErrorCode, WireError};
+use crate::protocol::message::ServerMessage;
+use crate::session::Context;
+use crate::session::live::{Emit, Session};
+
+/// Time for the client to answer our close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Frames that one poll writes before other tasks of the thread get their turn.
+const EMITS_A_POLL: usize = 64;
+
+/// Serves one WebSocket to its end.
+pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
+    let hard = context.lifecycle.hard().clone();
+    let transport = context.metrics.connections.with_label_values(&["websocket"]);
+    transport.inc();
+    context.metrics.connections_total.with_label_values(&["websocket"]).inc();
+    let served = Served {
+        socket,
+        session,
+        slow_after: context.options.slow_after,
+        blocked_since: None,
+        slow_timer: None,
+        pause: None,
+        closing: None,
+        dirty: false,
+    };
+    tokio::select! {
+        slow = served.run() => if slow {
+            context.metrics.slow_consumers_total.inc();
+        },
+        () = hard.cancelled() => {}
+    }
+    transport.dec();
+}
+
+struct Served {
+    socket: WebSocket,
+    session: Session,
+    slow_after: Duration,
+    blocked_since: Option<Instant>,
+    slow_timer: Option<Pin<Box<tokio::time::Sleep>>>,
+    pause: Option<Pin<Box<tokio::time::Sleep>>>,
+    // The close frame is out; until then we wait for the client's.
+    closing: Option<Pin<Box<tokio::time::Sleep>>>,
+    dirty: bool,
+}
+
+impl Served {
+    /// True: the client was too slow.
+    async fn run(mut self) -> bool {
+        std::future::poll_fn(|task| self.poll(task)).await
+    }
+
+    fn poll(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
+        if self.poll_inbound(task) {
+            return Poll::Ready(false);
+        }
+        if let Poll::Ready(over) = self.poll_outbound(task) {
+            return Poll::Ready(over);
+        }
+        if let Some(timer) = self.closing.as_mut()
+            && timer.as_mut().poll(task).is_ready()
+        {
+            return Poll::Ready(false);
+        }
+        self.poll_slow(task)
+    }
+
+    /// True: the connection is gone.
+    fn poll_inbound(&mut self, task: &mut TaskContext<'_>) -> bool {
+        loop {
+            if let Some(pause) = self.pause.as_mut() {
+                if pause.as_mut().poll(task).is_pending() {
+                    return false;
+                }
+                self.pause = None;
+            }
+            match Pin::new(&mut self.socket).poll_next(task) {
+                Poll::Pending => return false,
+                Poll::Ready(None) => return true,
+                Poll::Ready(Some(Err(error))) => {
+                    if !self.fault(error) {
+                        return true;
+                    }
+                    return false;
+                }
+                Poll::Ready(Some(Ok(message))) => {
+                    self.dirty = true;
+                    match message {
+                        Message::Text(text) => self.session.message(text.as_str()),
+                        Message::Binary(_) => self.session.refuse(
+                            WireError::never(
+                                ErrorCode::BadMessage,
+                                "binary messages are not understood: send JSON text",
+                            ),
+                            CloseCode::Unsupported,
+                        ),
+                        Message::Ping(_) | Message::Pong(_) => self.session.heard(),
+                        // The library answers it; the stream ends once that is out.
+                        Message::Close(_) => self.session.close(CloseCode::Normal),
+                    }
+                }
+            }
+            if let Some(until) = self.session.paused_until() {
+                self.pause = Some(Box::pin(tokio::time::sleep_until(until.into())));
+            }
+        }
+    }
+
+    /// False: nothing more can be said on this connection.
+    fn fault(&mut self, error: axum::Error) -> bool {
+        let inner = error.into_inner();
+        let (code, what) = match inner.downcast_ref::<WireFault>() {
+            Some(WireFault::Capacity(CapacityError::MessageTooLong { .. })) => {
+                (CloseCode::TooLarge, "the message is larger than limits.message_bytes")
+            }
+            Some(WireFault::Utf8(_)) => (CloseCode::NotUtf8, "the text is not UTF-8"),
+            Some(WireFault::Protocol(_)) => (CloseCode::Protocol, "these bytes are not WebSocket"),
+            _ => return false,
+        };
+        let kind = if code == CloseCode::TooLarge { ErrorCode::TooLarge } else { ErrorCode::BadMessage };
+        self.session.refuse(WireError::never(kind, what), code);
+        // What was read is not in step any more; say goodbye and do not read on.
+        self.pause = Some(Box::pin(tokio::time::sleep(CLOSE_TIMEOUT)));
+        true
+    }
+
+    fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
+        let mut emitted = 0;
+        loop {
+            match Pin::new(&mut self.socket).poll_ready(task) {
+                Poll::Ready(Ok(())) => self.blocked_since = None,
+                Poll::Ready(Err(_)) => return Poll::Ready(false),
+                Poll::Pending => {
+                    self.blocked();
+                    return Poll::Pending;
+                }
+            }
+            if emitted == EMITS_A_POLL {
+                task.waker().wake_by_ref();
+                break;
+            }
+            let Poll::Ready(emit) = self.session.poll_emit(task) else { break };
+            emitted += 1;
+            self.dirty = true;
+            if let Emit::Close(_) = emit {
+                let mut timer = Box::pin(tokio::time::sleep(CLOSE_TIMEOUT));
+                let _ = timer.as_mut().poll(task);
+                self.closing = Some(timer);
+            }
+            if Pin::new(&mut self.socket).start_send(message(emit)).is_err() {
+                return Poll::Ready(false);
+            }
+        }
+        if self.dirty {
+            match Pin::new(&mut self.socket).poll_flush(task) {
+                Poll::Ready(Ok(())) => {
+                    self.dirty = false;
+                    self.blocked_since = None;
+                }
+                Poll::Ready(Err(_)) => return Poll::Ready(false),
+                Poll::Pending => self.blocked(),
+            }
+        }
+        Poll::Pending
+    }
+
+    fn blocked(&mut self) {
+        self.blocked_since.get_or_insert_with(Instant::now);
+    }
+
+    fn poll_slow(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
+        let Some(since) = self.blocked_since else {
+            self.slow_timer = None;
+            return Poll::Pending;
+        };
+        let until = since + self.slow_after;
+        let timer = self.slow_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until.into())));
+        if timer.deadline().into_std() < until {
+            timer.as_mut().reset(until.into());
+        }
+        if timer.as_mut().poll(task).is_pending() || self.closing.is_some() {
+            return Poll::Pending;
+        }
+        // The goodbye goes behind what is stuck; it is written if the client reads on within the close time.
+        self.session.close(CloseCode::Slow);
+        while let Poll::Ready(emit) = self.session.poll_emit(task) {
+            if let Emit::Close(_) = emit {
+                let _ = Pin::new(&mut self.socket).start_send(message(emit));
+                break;
+            }
+        }
+        Poll::Ready(true)
+    }
+}
+
+fn message(emit: Emit) -> Message {
+    match emit {
+        Emit::Message(message) => Message::Text(text_of(&message).into()),
+        Emit::Events { id, prev, frame } => match Utf8Bytes::try_from(frame.message(&id, &prev)) {
+            Ok(text) => Message::Text(text),
+            // Composed from texts that were checked when they came in.
+            Err(_) => close_frame(CloseCode::Internal),
+        },
+        Emit::Ping => Message::Ping(axum::body::Bytes::new()),
+        Emit::Close(code) => close_frame(code),
+    }
+}
+
+fn close_frame(code: CloseCode) -> Message {
+    Message::Close(Some(CloseFrame { code: code.code(), reason: Utf8Bytes::from_static(code.reason()) }))
+}
+
+/// A message as it stands on the wire.
+#[must_use]
+pub fn text_of(message: &ServerMessage) -> String {
+    serde_json::to_string(message).unwrap_or_else(|_| String::from("{}"))
+}

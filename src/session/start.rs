@@ -1,0 +1,447 @@
+//! Judging a subscription: what it may see, what it wishes to see, and where it begins.
+//!
+//! Every refusal names its cause and what to do. A cursor is admitted only when this node can tell, by the event that
+//! stands at its position, that it belongs to this log; a node that is behind the cursor waits or reads, it never
+//! refuses for that (invariant I8).
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::auth::scope::{OpSet, Scopes, TableAccess};
+use crate::cursor::{Cursor, EpochFault, Seq};
+use crate::event::Operation;
+use crate::filter::{Column, Filter};
+use crate::hub::group::{Plans, Signal};
+use crate::hub::plan::TablePlan;
+use crate::hub::{Edge, Tap};
+use crate::log::read;
+use crate::protocol::error::{ErrorCode, WireError};
+use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
+use crate::schema::{Lookup, Registry, TableInfo};
+use crate::session::Context;
+use crate::session::machine::unavailable;
+use crate::table_name::{TableName, TablePattern};
+
+/// How long a wish waits for Postgres, or for this node to be where the log is.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two tries meanwhile.
+const RETRY: Duration = Duration::from_millis(200);
+/// Names and globs of one subscription.
+pub const MAX_TABLES: usize = 256;
+
+/// A subscription that may begin.
+#[derive(Debug)]
+pub struct Started {
+    /// Its place in the hub.
+    pub tap: Tap,
+    /// Its position.
+    pub cursor: Cursor,
+    /// Whether nothing was missed; None for `now`.
+    pub recovered: Option<bool>,
+    /// Where its first events come from.
+    pub source: Source,
+    /// The hub's generation that the position was judged in.
+    pub generation: u64,
+}
+
+/// Why it may not.
+#[derive(Debug)]
+pub enum NotStarted {
+    /// An error.
+    Refused(WireError),
+    /// The position is gone; the id is filled in by the machine.
+    Resync(Resync),
+}
+
+impl std::convert::From<WireError> for NotStarted {
+    fn from(error: WireError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+/// Judges `subscribe` for a key's `scopes` and joins the hub.
+///
+/// # Errors
+/// [`NotStarted`].
+pub async fn start(
+    context: &Arc<Context>,
+    scopes: &Arc<Scopes>,
+    subscribe: &Subscribe,
+    signal: &Arc<Signal>,
+) -> Result<Started, NotStarted> {
+    let wish = Wish::read(subscribe)?;
+    let (key, plans) = plan(context, scopes, subscribe, &wish).await?;
+    let asked = match &subscribe.from {
+        From::Now => None,
+        From::Cursor(text) | From::SnapshotIfGone(text) => Some(
+            text.parse::<Cursor>()
+                .map_err(|malformed| gone(context, ResyncReason::CursorInvalid, malformed.to_string()))?,
+        ),
+        From::Snapshot => {
+            let what =
+                "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
+            return Err(WireError::never(ErrorCode::Unsupported, what).into());
+        }
+    };
+    let edge = settled(context).await?;
+    // Join before the position is taken: frames of a group that is new begin at or before it.
+    let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+    let Some(cursor) = asked else {
+        let edge = context.hub.edge();
+        let (cursor, generation) = (edge.boundary, edge.generation);
+        return Ok(Started { tap, cursor, recovered: None, source: Source::Live, generation });
+    };
+    match resume(context, cursor, edge).await {
+        Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
+        Err(NotStarted::Resync(resync)) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
+            let what = format!(
+                "the cursor is gone ({}) and snapshots are not offered by this version",
+                resync.reason.as_str()
+            );
+            Err(WireError::never(ErrorCode::Unsupported, what).into())
+        }
+        Err(other) => Err(other),
+    }
+}
+
+/// The parts of a wish that need no database.
+struct Wish {
+    patterns: Vec<TablePattern>,
+    ops: Option<OpSet>,
+    columns: Option<Arc<BTreeSet<Box<str>>>>,
+}
+
+impl Wish {
+    fn read(subscribe: &Subscribe) -> Result<Self, WireError> {
+        let refuse = |what: String| WireError::never(ErrorCode::BadMessage, what);
+        if subscribe.tables.is_empty() {
+            return Err(refuse("tables is empty: name at least one table or glob".to_owned()));
+        }
+        if subscribe.tables.len() > MAX_TABLES {
+            let what = format!("at most {MAX_TABLES} tables in one subscription: use a glob");
+            return Err(WireError::never(ErrorCode::TooLarge, what));
+        }
+        let mut patterns = Vec::with_capacity(subscribe.tables.len());
+        for text in &subscribe.tables {
+            let pattern: TablePattern = text.parse().map_err(|error| refuse(format!("table {text:?}: {error}")))?;
+            if !patterns.contains(&pattern) {
+                patterns.push(pattern);
+            }
+        }
+        let globs = patterns.iter().any(TablePattern::is_glob);
+        if globs && (subscribe.filter.is_some() || subscribe.columns.is_some()) {
+            let what = "where and columns need tables named outright: a glob has no columns";
+            return Err(WireError::never(ErrorCode::BadFilter, what));
+        }
+        let ops = match &subscribe.ops {
+            None => None,
+            Some(ops) => Some(
+                ops.iter()
+                    .map(|text| {
+                        let what =
+                            || refuse(format!("operation {text:?}: use INSERT, UPDATE, DELETE, TRUNCATE or EVENT"));
+                        Operation::parse(text).map(OpSet::of).ok_or_else(what)
+                    })
+                    .try_fold(OpSet::NONE, |all, one| one.map(|one| all.with(one)))?,
+            ),
+        };
+        let columns = subscribe.columns.as_ref().map(|columns| {
+            Arc::new(columns.iter().map(|column| column.as_str().into()).collect::<BTreeSet<Box<str>>>())
+        });
+        Ok(Self { patterns, ops, columns })
+    }
+}
+
+/// What the subscription is shown, and the key that equal ones share.
+async fn plan(
+    context: &Arc<Context>,
+    scopes: &Arc<Scopes>,
+    subscribe: &Subscribe,
+    wish: &Wish,
+) -> Result<(String, Plans), WireError> {
+    let mut key = format!("{:?}{:?}{:?}", subscribe.id, wish.ops, wish.columns);
+    let mut exact = HashMap::new();
+    for pattern in &wish.patterns {
+        let TablePattern::Exact(name) = pattern else { continue };
+        let access = scopes.table(name.as_str()).ok_or_else(|| {
+            WireError::never(
+                ErrorCode::Forbidden,
+                format!("this key may not read {name}: ask for a key whose scopes have it"),
+            )
+        })?;
+        let info = if name.is_event() { None } else { Some(known(context, name).await?) };
+        let plan = table_plan(name, info.as_deref(), access, subscribe, wish)?;
+        let relid = info.as_ref().map_or(0, |info| info.relid);
+        let filter = plan.filter.as_ref().map(Filter::canonical);
+        let types =
+            info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
+        let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}");
+        exact.insert(Arc::<str>::from(name.as_str()), Arc::new(plan));
+    }
+    if !wish.patterns.iter().any(TablePattern::is_glob) {
+        return Ok((key, Plans::Exact(exact)));
+    }
+    let described = serde_json::to_string(&**scopes).unwrap_or_default();
+    let _ = write!(key, "|{:?}{described}", wish.patterns);
+    let resolve = glob_resolver(Arc::clone(&context.registry), Arc::clone(scopes), wish, exact);
+    Ok((key, Plans::Globs { resolve, known: parking_lot::Mutex::default() }))
+}
+
+/// Plans of tables as they appear. What a key's condition does not fit is not shown.
+fn glob_resolver(
+    registry: Arc<Registry>,
+    scopes: Arc<Scopes>,
+    wish: &Wish,
+    exact: HashMap<Arc<str>, Arc<TablePlan>>,
+) -> crate::hub::group::Resolve {
+    let (patterns, ops) = (wish.patterns.clone(), wish.ops);
+    Box::new(move |table| {
+        if let Some(plan) = exact.get(table) {
+            return Some(Arc::clone(plan));
+        }
+        if !patterns.iter().any(|pattern| pattern.matches(table)) {
+            return None;
+        }
+        let access = scopes.table(table)?;
+        let mut plan = TablePlan::of_access(access, ops.unwrap_or(OpSet::ALL));
+        let event = crate::table_name::is_event(table);
+        let info = if event { None } else { registry.cached(table) };
+        if let Some(info) = &info
+            && info.row_security
+            && access.condition.is_none()
+        {
+            return None;
+        }
+        if let Some(condition) = &access.condition {
+            let columns = if event { Filter::domain_event_columns() } else { info.as_ref()?.columns.clone() };
+            if info.is_some_and(|info| !info.before_image) {
+                return None;
+            }
+            plan.condition = Some(Filter::compile(condition, &columns).ok()?);
+        }
+        Some(Arc::new(plan))
+    })
+}
+
+/// Asks what a table is, while Postgres is away again and again.
+async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, WireError> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match context.registry.lookup(name).await {
+            Ok(Lookup::Tracked(info)) => return Ok(info),
+            Ok(Lookup::NotTracked) => {
+                let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
+                return Err(WireError::never(ErrorCode::NotTracked, what));
+            }
+            Ok(Lookup::Unknown) => {
+                let what =
+                    format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
+                return Err(WireError::never(ErrorCode::UnknownTable, what));
+            }
+            Err(error) if Instant::now() >= until => {
+                tracing::debug!(%error, "a table could not be looked up");
+                return Err(unavailable("Postgres is away, so the table cannot be looked up"));
+            }
+            Err(_) => tokio::time::sleep(RETRY).await,
+        }
+    }
+}
+
+fn table_plan(
+    name: &TableName,
+    info: Option<&TableInfo>,
+    access: &Arc<TableAccess>,
+    subscribe: &Subscribe,
+    wish: &Wish,
+) -> Result<TablePlan, WireError> {
+    let forbidden = |what: String| Err(WireError::never(ErrorCode::Forbidden, what));
+    if let Some(denied) = wish.ops.and_then(|ops| ops.iter().find(|operation| !access.ops.allows(*operation))) {
+        return forbidden(format!("this key may not read {} events of {name}", denied.as_str()));
+    }
+    let columns = info.map_or_else(Filter::domain_event_columns, |info| info.columns.clone());
+    let mut plan = TablePlan::of_access(access, wish.ops.unwrap_or(OpSet::ALL));
+    if let Some(info) = info {
+        if info.row_security && access.condition.is_none() {
+            return forbidden(format!("{name} has row level security: this key needs a row condition that covers it"));
+        }
+        if !info.before_image && access.condition.is_some() {
+            return forbidden(format!("{name} is tracked without before images, so a row condition cannot be kept"));
+        }
+    }
+    if let Some(condition) = &access.condition {
+        let compiled = Filter::compile(condition, &columns);
+        plan.condition = Some(compiled.map_err(|error| {
+            let what = format!("this key's row condition does not fit {name} ({error}): mend the key");
+            WireError::never(ErrorCode::Forbidden, what)
+        })?);
+    }
+    if let Some(text) = &subscribe.filter {
+        let filter = Filter::compile(text, &columns)
+            .map_err(|error| WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}")))?;
+        for column in filter.columns() {
+            may_use(name, info, access, column)?;
+        }
+        plan.filter = Some(filter);
+    }
+    if let Some(wished) = &wish.columns {
+        for column in wished.iter() {
+            may_use(name, info, access, column)?;
+            if !columns.iter().any(|known: &Column| *known.name == **column) {
+                let what = format!("columns: {name} has no column {column:?}");
+                return Err(WireError::never(ErrorCode::BadFilter, what));
+            }
+        }
+        // A domain event's payload is one value.
+        plan.columns = info.is_some().then(|| Arc::clone(wished));
+    }
+    Ok(plan)
+}
+
+fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, column: &str) -> Result<(), WireError> {
+    if !access.columns.allows(column) {
+        let what = format!("this key may not read the column {column:?} of {name}");
+        return Err(WireError::never(ErrorCode::Forbidden, what));
+    }
+    if let Some(captured) = info.and_then(|info| info.captured.as_ref())
+        && !captured.contains(column)
+    {
+        let what = format!("{name} is tracked without the column {column:?}, so it cannot be tested or shown");
+        return Err(WireError::never(ErrorCode::BadFilter, what));
+    }
+    Ok(())
+}
+
+/// Waits until this node knows where the log is.
+async fn settled(context: &Context) -> Result<Edge, WireError> {
+    let mut edges = context.hub.watch_edge();
+    let ready = edges.wait_for(|edge| !edge.held && edge.boundary.epoch > 0);
+    match tokio::time::timeout(PATIENCE, ready).await {
+        Ok(Ok(edge)) => Ok(*edge),
+        _ => Err(unavailable("this node does not know the log's state")),
+    }
+}
+
+/// Whether the log continues after `cursor`, and from where it is read.
+async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source, u64), NotStarted> {
+    let mut edge = edge;
+    if let Err(EpochFault::Unknown) = context.hub.epochs().admit(&cursor) {
+        // An epoch that this node has not heard of yet.
+        edge = after_reconcile(context, edge, cursor.seq).await?;
+    }
+    if cursor.seq > edge.deliverable.seq {
+        edge = after_reconcile(context, edge, cursor.seq).await?;
+    }
+    match context.hub.epochs().admit(&cursor) {
+        Ok(()) => {}
+        Err(EpochFault::Unknown) => {
+            let what = "the cursor is of an epoch that this log never had: it belongs to another cluster";
+            return Err(gone(context, ResyncReason::CursorInvalid, what));
+        }
+        Err(EpochFault::Diverged) => {
+            let what = "the database was rewound to before this position; what came after it never happened";
+            return Err(gone(context, ResyncReason::HistoryDiverged, what));
+        }
+    }
+    if cursor.seq > edge.deliverable.seq && cursor.seq > context.hub.high_water() {
+        let what = "the cursor is beyond the end of the log: it belongs to another cluster";
+        return Err(gone(context, ResyncReason::CursorInvalid, what));
+    }
+    let memory = cursor.seq >= context.hub.ring_base();
+    match id_at(context, cursor.seq, edge).await? {
+        Some(id) if !cursor.matches(id) => {
+            let what = "another event stands at this position: the cursor is forged or the log has diverged";
+            return Err(gone(context, ResyncReason::HistoryDiverged, what));
+        }
+        _ => {}
+    }
+    let source = match memory {
+        _ if cursor.seq >= edge.deliverable.seq => Source::Live,
+        true => Source::Memory,
+        false => Source::History,
+    };
+    Ok((source, edge.generation))
+}
+
+/// The id of the event at `seq`; None where it was dropped but the next one is there. One page answers for all who ask
+/// about the same range.
+async fn id_at(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Uuid>, NotStarted> {
+    if seq == 0 {
+        let first = page(context, 1, edge).await;
+        return match first {
+            Ok(Some(1)) => Ok(Some(Uuid::nil())),
+            Ok(None) if edge.deliverable.seq == 0 => Ok(Some(Uuid::nil())),
+            Ok(_) => Err(expired(context)),
+            Err(refused) => Err(refused),
+        };
+    }
+    if let Some(id) = context.hub.id_at(seq) {
+        return Ok(Some(id));
+    }
+    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
+    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
+    if let Some(event) = page.iter().find(|event| event.seq == seq) {
+        return Ok(Some(event.id));
+    }
+    match self::page(context, seq + 1, edge).await? {
+        // The oldest position there is: its own event has just been dropped.
+        Some(first) if first == seq + 1 => Ok(None),
+        _ => Err(expired(context)),
+    }
+}
+
+/// The first seq at or after `seq` that its page still has.
+async fn page(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Seq>, NotStarted> {
+    if seq > edge.deliverable.seq {
+        return Ok(None);
+    }
+    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
+    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
+    Ok(page.iter().map(|event| event.seq).find(|found| *found >= seq))
+}
+
+/// Asks the follower for the log's end and waits until this node has reached `seq`, or knows that the log has not.
+async fn after_reconcile(context: &Context, from: Edge, seq: Seq) -> Result<Edge, WireError> {
+    let until = Instant::now() + PATIENCE;
+    let mut edges = context.hub.watch_edge();
+    loop {
+        let edge = *edges.borrow_and_update();
+        if !edge.held && (edge.deliverable.seq >= seq || edge.generation != from.generation) {
+            return Ok(edge);
+        }
+        context.follower.reconcile();
+        // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
+        if let Ok(bounds) = read::bounds(context.database.pool()).await {
+            let epochs = crate::log::incarnation::epochs(context.database.pool()).await;
+            let same = epochs.is_ok_and(|(epochs, _)| epochs == context.hub.epochs());
+            if same && bounds.newest < seq && !context.hub.edge().held {
+                return Ok(context.hub.edge());
+            }
+        }
+        if Instant::now() >= until {
+            return Err(unavailable("this node has not reached the cursor's position"));
+        }
+        let _ = tokio::time::timeout(RETRY, edges.changed()).await;
+    }
+}
+
+fn expired(context: &Context) -> NotStarted {
+    let what = "the position is older than the log keeps: read the state anew, then subscribe from now";
+    gone(context, ResyncReason::CursorExpired, what)
+}
+
+/// A resync with what can be resumed from now; the id is filled in by whoever sends it.
+pub fn gone(context: &Context, reason: ResyncReason, message: impl Into<String>) -> NotStarted {
+    NotStarted::Resync(resync(context, String::new(), reason, message.into()))
+}
+
+/// Tells that `id` cannot go on.
+#[must_use]
+pub fn resync(context: &Context, id: String, reason: ResyncReason, message: String) -> Resync {
+    context.metrics.resyncs_total.with_label_values(&[reason.as_str()]).inc();
+    Resync { id, reason, oldest: context.hub.oldest(), newest: Some(context.hub.edge().boundary), message }
+}
