@@ -6,3 +6,4 @@ mod migrations;
 mod private_server;
 mod schema;
 mod support;
+mod tidy;
