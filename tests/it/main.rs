@@ -8,4 +8,5 @@ mod migrations;
 mod private_server;
 mod schema;
 mod support;
+mod tidy;
 mod tracking;
