@@ -148,21 +148,10 @@ ALTER TABLE tidewire.api_keys ENABLE ALWAYS TRIGGER changed;
 ALTER TABLE tidewire.api_keys ENABLE ALWAYS TRIGGER changed_update;
 ALTER TABLE tidewire.api_keys ENABLE ALWAYS TRIGGER changed_all;
 
-CREATE FUNCTION tidewire.tracked_tables_changed() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_catalog.pg_notify('tidewire_schema', '');
-    RETURN NULL;
-END $$;
--- Not when only the fingerprint changes: that is written by the one who would be told.
-CREATE TRIGGER changed
-    AFTER INSERT OR DELETE OR TRUNCATE OR UPDATE OF relid, table_name, key_columns, columns, except_columns, before_image, notify, bulk,
-        deferred, replica
-    ON tidewire.tracked_tables FOR EACH STATEMENT EXECUTE FUNCTION tidewire.tracked_tables_changed();
-
 REVOKE ALL ON FUNCTION
     tidewire.ring(), tidewire.wake_mode(), tidewire.set_wake(text), tidewire.context_headers(json),
     tidewire.emit(text, text, text, json, json), tidewire.emit(text, text, text, jsonb, jsonb), tidewire.emit(text, text, text, text, json),
-    tidewire.outbox_event_insert(), tidewire.api_key_changed(), tidewire.tracked_tables_changed()
+    tidewire.outbox_event_insert(), tidewire.api_key_changed()
     FROM PUBLIC;
 DO $$
 BEGIN
