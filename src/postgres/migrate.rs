@@ -45,33 +45,60 @@ pub struct Outcome {
 /// Why the database is not at this program's version. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
+    /// Older than what is supported.
     #[error("Postgres {found} is too old: Tidewire needs version 14 or later; upgrade the server")]
-    ServerTooOld { found: String },
+    ServerTooOld {
+        /// The server's version.
+        found: String,
+    },
+    /// A standby cannot be written.
     #[error("this server is a standby (in recovery): point database_url at the primary")]
     Standby,
+    /// Migrated by a program newer than this.
     #[error(
         "the database is newer than this program: its schema is at version {found}, the program knows {known}; \
          upgrade the program (a newer node or `tidewire migrate` has already migrated it)"
     )]
-    DatabaseNewer { found: i64, known: i64 },
+    DatabaseNewer {
+        /// The schema's version.
+        found: i64,
+        /// The newest that this program knows.
+        known: i64,
+    },
+    /// The database has run another text under this number.
     #[error(
         "migration {version} of the database is not the one this program was built with; was it built from another branch?"
     )]
-    Changed { version: i64 },
+    Changed {
+        /// The migration.
+        version: i64,
+    },
+    /// The role may not do what a migration needs.
     #[error("role {role} may not {what}. A superuser or the owner can run: {grant}")]
-    MissingPrivilege { role: String, what: &'static str, grant: String },
+    MissingPrivilege {
+        /// The role that migrates.
+        role: String,
+        /// What it may not do.
+        what: &'static str,
+        /// What a superuser or the owner can run.
+        grant: String,
+    },
+    /// Another node migrates, for very long.
     #[error(
         "another node has been migrating this database for {} s; see pg_stat_activity for what it waits for",
         LOCK_WAIT.as_secs()
     )]
     Busy,
+    /// A lock was not to be had.
     #[error(
         "a migration waited 10 s for a table that another transaction uses; end that transaction \
          (pg_stat_activity, pg_locks) and try again"
     )]
     TableInUse,
+    /// sqlx refused.
     #[error("migrating the database: {0}")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    /// Postgres refused, or the connection died.
     #[error("migrating the database: {0}")]
     Database(#[from] sqlx::Error),
 }

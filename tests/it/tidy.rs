@@ -124,9 +124,8 @@ fn is_in(path: &str, rooms: &[&str]) -> bool {
 /// Whether `text` contains `word`, not as part of a longer name.
 fn says(text: &str, word: &str) -> bool {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
-    text.match_indices(word).any(|(at, _)| {
-        !text[..at].ends_with(is_name) && !text[at + word.len()..].starts_with(is_name)
-    })
+    text.match_indices(word)
+        .any(|(at, _)| !text[..at].ends_with(is_name) && !text[at + word.len()..].starts_with(is_name))
 }
 
 fn has_sql(code: &str) -> bool {
@@ -215,9 +214,12 @@ fn every_file_says_what_it_is_and_stays_readable() {
 #[test]
 fn nothing_is_left_for_later() {
     // Put together here, so that this file does not name them.
-    let marks = [["TO", "DO"], ["FIX", "ME"], ["X", "XX"], ["to", "do!("], ["unimpl", "emented!("]].map(|mark| mark.concat());
+    let marks =
+        [["TO", "DO"], ["FIX", "ME"], ["X", "XX"], ["to", "do!("], ["unimpl", "emented!("]].map(|mark| mark.concat());
     let mut violations = Vec::new();
-    for path in ["src", "tests", "migrations", "deploy"].iter().flat_map(|top| files(top, &[".rs", ".sql", "Dockerfile"])) {
+    for path in
+        ["src", "tests", "migrations", "deploy"].iter().flat_map(|top| files(top, &[".rs", ".sql", "Dockerfile"]))
+    {
         for (number, line) in read(&path).lines().enumerate() {
             let found = marks.iter().filter(|mark| match mark.strip_suffix('(') {
                 Some(call) => line.contains(call),
@@ -260,10 +262,13 @@ fn the_protocols_page_names_everything_on_the_wire() {
     names.extend(ResyncReason::ALL.iter().map(|reason| reason.as_str().to_owned()));
     let sources = [Source::Live, Source::Memory, Source::History, Source::Snapshot];
     names.extend(sources.map(|source| source.as_str().to_owned()));
-    let is_named = |name: &str| [format!("`{name}`"), format!("`\"{name}\"`"), format!("{{\"{name}\":")].iter().any(|text| page.contains(text));
+    let is_named = |name: &str| {
+        [format!("`{name}`"), format!("`\"{name}\"`"), format!("{{\"{name}\":")].iter().any(|text| page.contains(text))
+    };
     let mut missing: Vec<String> = names.into_iter().filter(|name| !is_named(name)).collect();
     let codes = CloseCode::ALL.iter().map(|code| code.code());
-    missing.extend(codes.filter(|code| !page.contains(&format!("\n| {code} |"))).map(|code| format!("close code {code}")));
+    missing
+        .extend(codes.filter(|code| !page.contains(&format!("\n| {code} |"))).map(|code| format!("close code {code}")));
     none(&missing, "docs/PROTOCOL.md does not name");
 }
 
@@ -275,10 +280,8 @@ fn the_runbook_names_every_metric_and_no_other() {
 
     let roles_and_channels = ["tidewire_owner", "tidewire_app", "tidewire_feed", "tidewire_leader"];
     let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
-    let said: BTreeSet<&str> = page
-        .match_indices("tidewire_")
-        .filter_map(|(at, _)| page[at..].split(|c| !is_name(c)).next())
-        .collect();
+    let said: BTreeSet<&str> =
+        page.match_indices("tidewire_").filter_map(|(at, _)| page[at..].split(|c| !is_name(c)).next()).collect();
     let known = |name: &str| {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         roles_and_channels.contains(&name) || Metrics::NAMES.contains(&name) || Metrics::NAMES.contains(&family)
@@ -302,7 +305,9 @@ fn a_landed_migration_never_changes() {
     for (want, path) in &recorded {
         match std::fs::read(root().join(path)) {
             Ok(bytes) if hex(&Sha256::digest(&bytes)) == *want => {}
-            Ok(_) => violations.push(format!("{path} has changed: databases out there have run it. Add another migration")),
+            Ok(_) => {
+                violations.push(format!("{path} has changed: databases out there have run it. Add another migration"))
+            }
             Err(error) => violations.push(format!("{path}: {error}")),
         }
     }
@@ -361,5 +366,8 @@ fn the_docs_links_lead_somewhere() {
 #[test]
 fn ci_runs_the_readmes_test_command() {
     let fenced = |text: &str| text.lines().any(|line| line == "cargo test");
-    assert!(fenced(&read("README.md")) && fenced(&read(".ci/run")), "README.md and .ci/run each have the line `cargo test`");
+    assert!(
+        fenced(&read("README.md")) && fenced(&read(".ci/run")),
+        "README.md and .ci/run each have the line `cargo test`"
+    );
 }
