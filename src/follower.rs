@@ -17,20 +17,21 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::cursor::Seq;
-use crate::event::Event;
+use crate::event::{Event, Operation};
 use crate::feed::chunk::{Header, Kind, decode_events};
 use crate::feed::seal::FeedKey;
 use crate::hub::Hub;
 use crate::log::append::Interner;
 use crate::log::incarnation::{TermKey, epoch_has_term, epochs, term_key};
 use crate::log::read;
-use crate::postgres::listen::{Heard, Listener, Wakeups};
+use crate::postgres::listen::{Heard, Listener, SCHEMA_CHANNEL, Wakeups};
 use crate::postgres::{Database, Incarnation};
 use crate::relay::LEADER_CHANNEL;
+use crate::schema::Registry;
 use crate::telemetry::metrics::{Metrics, gauge};
 
 /// Everything that a node listens to, on one connection.
-const CHANNELS: &[&str] = &["tidewire_feed", "tidewire_wake", LEADER_CHANNEL, KEYS_CHANNEL, "tidewire_schema"];
+const CHANNELS: &[&str] = &["tidewire_feed", "tidewire_wake", LEADER_CHANNEL, KEYS_CHANNEL, SCHEMA_CHANNEL];
 const KEYS_CHANNEL: &str = "tidewire_keys";
 /// Events of one reading of the log.
 const READ_EVENTS: usize = 2_000;
@@ -97,6 +98,9 @@ impl FollowerHandle {
 pub struct Follower {
     database: Arc<Database>,
     hub: Arc<Hub>,
+    registry: Arc<Registry>,
+    // What the hub's plans were made with.
+    registry_version: u64,
     wakeups: Arc<Wakeups>,
     metrics: Arc<Metrics>,
     keys: HashMap<u64, (TermKey, Option<Arc<FeedKey>>)>,
@@ -126,6 +130,7 @@ impl Follower {
     pub fn new(
         database: Arc<Database>,
         hub: Arc<Hub>,
+        registry: Arc<Registry>,
         wakeups: Arc<Wakeups>,
         metrics: Arc<Metrics>,
     ) -> (Self, FollowerHandle, mpsc::Receiver<Option<String>>) {
@@ -137,6 +142,8 @@ impl Follower {
         let follower = Self {
             database,
             hub,
+            registry_version: registry.version(),
+            registry,
             wakeups,
             metrics,
             keys: HashMap::new(),
@@ -186,6 +193,7 @@ impl Follower {
             if matches!(cause, Some("connect")) {
                 self.heard = Instant::now();
                 let _ = self.key_changes.try_send(None);
+                self.registry.forget_strangers();
             }
             if self.heard.elapsed() > SILENCE && listener.is_connected() {
                 // No leader, or a connection that is dead without knowing it; a new one costs little.
@@ -220,7 +228,11 @@ impl Follower {
                 // Full: everything is looked at anew, which covers what did not fit.
                 let _ = self.key_changes.try_send(Some(payload.to_owned()));
             }
-            "tidewire_schema" => self.wakeups.schema_changed(),
+            SCHEMA_CHANNEL => {
+                // At once, not with the refresh: the chunk that comes next may be of a table tracked just now.
+                self.registry.forget_strangers();
+                self.wakeups.schema_changed();
+            }
             _ => {}
         }
         None
@@ -252,10 +264,13 @@ impl Follower {
             _ if header.last <= newest => "known",
             Kind::Events if header.first == newest + 1 => {
                 match decode_events(&header, &body, |name| self.interner.share(name)) {
-                    Ok(events) => {
-                        self.take(&events, "feed");
-                        "applied"
-                    }
+                    Ok(events) => match self.take(&events, "feed").await {
+                        Ok(()) => "applied",
+                        Err(error) => {
+                            tracing::debug!(%error, "tables of the feed could not be looked up");
+                            "gap"
+                        }
+                    },
                     Err(_) => "refused",
                 }
             }
@@ -289,13 +304,23 @@ impl Follower {
         (term.feed_pid == pid && term.epoch == header.epoch).then(|| key.clone()).flatten()
     }
 
-    fn take(&self, events: &[Event], source: &str) {
+    /// Hands events to the hub, once it is known what their tables are.
+    async fn take(&mut self, events: &[Event], source: &str) -> Result<(), sqlx::Error> {
+        for event in events.iter().filter(|event| event.operation == Operation::Schema) {
+            self.registry.forget(&event.table);
+        }
+        self.registry.acquaint(events.iter().map(|event| &event.table)).await?;
+        let version = self.registry.version();
+        if std::mem::replace(&mut self.registry_version, version) != version {
+            self.hub.forget_plans();
+        }
         self.metrics.events_received_total.with_label_values(&[source]).inc_by(events.len() as u64);
         if let Err(error) = self.hub.append(events, Instant::now()) {
             // Checked before; if it happens all the same, the next reading of the log mends it.
             tracing::error!(%error, "what was read is not contiguous");
             self.doubt();
         }
+        Ok(())
     }
 
     /// Reads the log up to its end; gives the wait until the next time.
@@ -401,7 +426,7 @@ impl Follower {
                 self.started = false;
                 return Err(sqlx::Error::Protocol("the log was trimmed while it was read".into()));
             }
-            self.take(&events, "log");
+            self.take(&events, "log").await?;
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ pub mod pages;
 pub mod plan;
 pub mod ring;
 pub mod routes;
+pub mod shape;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use uuid::Uuid;
 
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::{Event, Operation};
-use crate::hub::group::{Assembly, Frame, Group, Held, Plans, Signal, Span};
+use crate::hub::group::{Assembly, Ended, Frame, Group, Held, Plans, Signal, Span};
 use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
 use crate::hub::routes::Routes;
 use crate::log::incarnation::Known;
@@ -71,6 +72,8 @@ pub enum Pull {
     Idle(Edge),
     /// The ring no longer reaches back to it: read the log.
     Log,
+    /// It has everything that is for it: the subscription cannot go on, and its client must be told why.
+    Ended(Arc<Ended>),
 }
 
 /// A node's window and routing. Shared by the follower, which writes, and every session.
@@ -250,6 +253,13 @@ impl Hub {
         verdict
     }
 
+    /// Has globs find their plans anew: what is known of tables has changed.
+    pub fn forget_plans(&self) {
+        for group in self.routes.lock().iter() {
+            group.plans.forget();
+        }
+    }
+
     /// Lets the ring age while nothing comes in.
     pub fn tick(&self, now: Instant) {
         self.ring.write().trim(now);
@@ -275,7 +285,7 @@ impl Hub {
     /// Hands everything new and whole to the groups, then publishes the edge.
     fn deliver(&self) {
         loop {
-            let routes = self.routes.lock();
+            let mut routes = self.routes.lock();
             let edge = self.edge();
             let ring = self.ring.read();
             let Ok(whole) =
@@ -287,20 +297,16 @@ impl Hub {
             let Some(last) = whole.events.last() else { return };
             let epochs = self.epochs.read().clone();
             let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
-            let mut assemblies: HashMap<*const Group, (&Arc<Group>, Assembly)> = HashMap::new();
-            let mut span = Span::new(&epochs);
-            for event in &whole.events {
-                routes.each(event, |group| {
-                    let (_, assembly) =
-                        assemblies.entry(Arc::as_ptr(group)).or_insert_with(|| (group, Assembly::default()));
-                    assembly.add(&group.plans, event, &span, self.options.frame_bytes);
-                });
-                span.pass(event);
-            }
-            for (group, assembly) in assemblies.into_values() {
-                let frames = assembly.finish(end, whole.open);
+            let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes);
+            for Dispatched { group, frames, ended } in dispatched {
                 if !frames.is_empty() {
                     group.publish(frames);
+                }
+                if let Some(ended) = ended {
+                    group.end(ended);
+                    // Whoever joins from now on gets a group of its own; listeners keep this one's frames.
+                    routes.retire(&group);
+                    self.metrics.filter_groups.set(gauge(routes.len()));
                 }
             }
             self.edge.send_modify(|edge| {
@@ -336,11 +342,19 @@ impl Hub {
     pub fn pull(&self, group: &Group, after: Seq) -> Pull {
         // First the edge, then the frames: see the head.
         let edge = self.edge();
-        if edge.held || after >= edge.deliverable.seq {
+        if edge.held {
             return Pull::Idle(edge);
         }
+        let ended = group.ended();
+        if let Some(ended) = ended.filter(|ended| ended.seq <= after) {
+            return Pull::Ended(Arc::clone(ended));
+        }
         match group.held(after) {
+            // Frames are published just before the edge, and whoever waits is woken by the frame.
             Held::Frame(frame) => Pull::Frame(frame),
+            // It had ended before we looked for frames, so there are no others.
+            Held::Nothing if let Some(ended) = ended => Pull::Ended(Arc::clone(ended)),
+            _ if after >= edge.deliverable.seq => Pull::Idle(edge),
             Held::Nothing if edge.boundary.seq > after => Pull::Nothing(edge.boundary),
             // The rest of an open transaction, none of it for this group so far.
             Held::Nothing => Pull::Idle(edge),
@@ -358,20 +372,78 @@ impl Hub {
     /// The first frame for a group among `whole`, from the ring or from the log; None when that is empty.
     #[must_use]
     pub fn frame_of(&self, group: &Group, whole: &Whole) -> Option<Pull> {
-        let last = whole.events.last()?;
+        whole.events.last()?;
         let epochs = self.epochs.read().clone();
         let (mut span, mut assembly) = (Span::new(&epochs), Assembly::default());
+        let mut last: Option<&Event> = None;
         for event in &whole.events {
+            if let Some(ended) = ended_before(group, event) {
+                let Some(_) = last else { return Some(Pull::Ended(ended)) };
+                break;
+            }
             assembly.add(&group.plans, event, &span, self.options.frame_bytes);
             span.pass(event);
+            last = Some(event);
         }
+        let last = last?;
+        // What ends a subscription is a transaction of its own.
+        let open = whole.open && whole.events.last().is_some_and(|newest| newest.seq == last.seq);
         let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
         // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
-        Some(match assembly.finish(end, whole.open).into_iter().next() {
+        Some(match assembly.finish(end, open).into_iter().next() {
             Some(frame) => Pull::Frame(Arc::new(frame)),
             None => Pull::Nothing(end),
         })
     }
+}
+
+/// What one group gets of some consecutive events.
+struct Dispatched {
+    group: Arc<Group>,
+    frames: Vec<Frame>,
+    ended: Option<Ended>,
+}
+
+/// Renders `whole` for every group that may show any of it.
+fn dispatch(routes: &Routes, whole: &Whole, epochs: &Epochs, end: Cursor, frame_bytes: usize) -> Vec<Dispatched> {
+    let mut assemblies: HashMap<*const Group, (&Arc<Group>, Assembly)> = HashMap::new();
+    let mut ended: HashMap<*const Group, Dispatched> = HashMap::new();
+    let mut span = Span::new(epochs);
+    for event in &whole.events {
+        routes.each(event, |group| {
+            if !ended.is_empty() && ended.contains_key(&Arc::as_ptr(group)) {
+                return;
+            }
+            let slot = assemblies.entry(Arc::as_ptr(group)).or_insert_with(|| (group, Assembly::default()));
+            if event.operation == Operation::Schema {
+                group.plans.forget();
+            }
+            slot.1.add(&group.plans, event, &span, frame_bytes);
+            if let Some((reason, message)) = group.plans.broken_by(event) {
+                let assembly = std::mem::take(&mut slot.1);
+                let frames = assembly.finish(Cursor::at(epochs.of(event.seq), event.seq, event.id), false);
+                let (group, because) = (Arc::clone(group), Some(Ended { seq: event.seq, reason, message }));
+                ended.insert(Arc::as_ptr(&group), Dispatched { group, frames, ended: because });
+            }
+        });
+        span.pass(event);
+    }
+    let live = assemblies.into_iter().filter(|(group, _)| !ended.contains_key(group)).map(|(_, (group, assembly))| {
+        Dispatched { group: Arc::clone(group), frames: assembly.finish(end, whole.open), ended: None }
+    });
+    let mut all: Vec<_> = live.collect();
+    all.extend(ended.into_values());
+    all
+}
+
+/// Whether `event` is beyond a subscription's end, be it its group's or, for one that catches up, that of the table as it
+/// was: its plan fits only what came after.
+fn ended_before(group: &Group, event: &Event) -> Option<Arc<Ended>> {
+    if let Some(ended) = group.ended().filter(|ended| ended.seq < event.seq) {
+        return Some(Arc::clone(ended));
+    }
+    let (reason, message) = group.plans.broken_by(event)?;
+    Some(Arc::new(Ended { seq: event.seq - 1, reason, message }))
 }
 
 /// A subscription's place in the hub; leaving is dropping it.
@@ -412,3 +484,6 @@ impl Drop for Tap {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

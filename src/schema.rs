@@ -4,6 +4,7 @@
 //! leader's look at what has changed since the last event about a table's shape; [`diff`], which is pure, says what that
 //! change was. A table is its OID here: a name may come to mean another table.
 
+pub mod diff;
 pub mod registry;
 
 use std::collections::BTreeSet;

@@ -14,8 +14,10 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use crate::cursor::{Cursor, Epochs, Seq};
-use crate::event::Event;
+use crate::event::row::Row;
+use crate::event::{Event, Operation};
 use crate::hub::plan::TablePlan;
+use crate::hub::shape::broken_by;
 use crate::protocol::message::ResyncReason;
 
 /// Frames are cut at the end of a transaction once they are this large, bytes.
@@ -114,6 +116,18 @@ impl Plans {
         }
     }
 
+    /// Why a subscription cannot go on after `event`; None: it can. Globs take tables as they are.
+    #[must_use]
+    pub fn broken_by(&self, event: &Event) -> Option<(ResyncReason, String)> {
+        let Self::Exact(plans) = self else { return None };
+        if event.operation != Operation::Schema {
+            return None;
+        }
+        let plan = plans.get(&event.table)?;
+        let body = Row::parse(std::str::from_utf8(&event.body).ok()?).ok()?;
+        broken_by(plan, body.get("after")?)
+    }
+
     /// Forgets what was resolved: a table's shape has changed.
     pub fn forget(&self) {
         if let Self::Globs { known, .. } = self {
@@ -149,6 +163,17 @@ struct Live {
     listeners: Vec<Arc<Signal>>,
 }
 
+/// That and why a subscription cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// What comes after this is not for it any more.
+    pub seq: Seq,
+    /// Why.
+    pub reason: ResyncReason,
+    /// Why, in words.
+    pub message: String,
+}
+
 /// Everyone with the same subscription.
 #[derive(Debug)]
 pub struct Group {
@@ -160,18 +185,7 @@ pub struct Group {
     pub plans: Plans,
     live: Mutex<Live>,
     newest: AtomicU64,
-    ended: OnceLock<Ended>,
-}
-
-/// A group that cannot go on: a change of the table's shape has broken it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// The position of that change; everything through it is still delivered.
-    pub seq: Seq,
-    /// Why.
-    pub reason: ResyncReason,
-    /// Cause and what to do, for people.
-    pub message: String,
+    ended: OnceLock<Arc<Ended>>,
 }
 
 /// What a group has after a position.
@@ -193,6 +207,18 @@ impl Group {
         Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor), ended: OnceLock::new() }
     }
 
+    /// Ends it: whoever has everything up to there is to be told why. The first end counts. Wakes everyone.
+    pub fn end(&self, ended: Ended) {
+        let _ = self.ended.set(Arc::new(ended));
+        self.wake_all();
+    }
+
+    /// Where and why it ended.
+    #[must_use]
+    pub fn ended(&self) -> Option<&Arc<Ended>> {
+        self.ended.get()
+    }
+
     /// Tells `signal` of news from now on.
     pub fn listen(&self, signal: &Arc<Signal>) {
         self.live.lock().listeners.push(Arc::clone(signal));
@@ -205,18 +231,6 @@ impl Group {
             live.listeners.swap_remove(index);
         }
         live.listeners.is_empty()
-    }
-
-    /// Ends the group: its listeners are told once they have everything through the change.
-    pub fn end(&self, ended: Ended) {
-        let _ = self.ended.set(ended);
-        self.wake_all();
-    }
-
-    /// Whether it has ended, and why.
-    #[must_use]
-    pub fn ended(&self) -> Option<&Ended> {
-        self.ended.get()
     }
 
     /// The position after the newest frame: a cheap way to see that there is nothing new.

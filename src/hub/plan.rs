@@ -10,6 +10,7 @@ use crate::auth::scope::{ColumnMask, OpSet, TableAccess};
 use crate::event::row::Row;
 use crate::event::{Event, Operation, push_json_string};
 use crate::filter::{Filter, Outcome, RowImage};
+use crate::hub::shape;
 
 /// One table's part of a subscription.
 #[derive(Clone, Debug)]
@@ -175,7 +176,7 @@ impl TablePlan {
             push_json_string(out, name);
             out.push(':');
             match name {
-                "before" | "after" if operation == Operation::Schema => self.mask_schema(value, out),
+                "before" | "after" if operation == Operation::Schema => out.push_str(&shape::masked(value, &self.mask)),
                 "before" | "after" if operation != Operation::Event => {
                     self.mask_columns(value, out, |column| self.shows(column));
                 }
@@ -228,17 +229,6 @@ impl TablePlan {
             push_json_string(out, name);
         }
         out.push(']');
-    }
-
-    /// `{"changes":[{…,"column":…}],"columns":[{"name":…}]}`: entries about hidden columns go.
-    fn mask_schema(&self, value: &str, out: &mut String) {
-        let mut described: serde_json::Value = serde_json::from_str(value).unwrap_or_default();
-        for (list, member) in [("changes", "column"), ("columns", "name")] {
-            if let Some(entries) = described.get_mut(list).and_then(serde_json::Value::as_array_mut) {
-                entries.retain(|entry| entry[member].as_str().is_none_or(|column| self.mask.allows(column)));
-            }
-        }
-        out.push_str(&described.to_string());
     }
 }
 

@@ -18,6 +18,7 @@ pub struct Routes {
     groups: HashMap<Arc<str>, Arc<Group>>,
     tables: HashMap<Arc<str>, Table>,
     globs: Vec<Arc<Group>>,
+    ended: Vec<Arc<Group>>,
 }
 
 #[derive(Debug, Default)]
@@ -53,9 +54,15 @@ impl Routes {
         self.groups.is_empty()
     }
 
-    /// Every group.
+    /// Every group, those that ended but are still listened to included.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Group>> {
-        self.groups.values()
+        self.groups.values().chain(&self.ended)
+    }
+
+    /// Takes a group that ended off the routes; it is kept for its listeners.
+    pub fn retire(&mut self, group: &Arc<Group>) {
+        self.remove(group);
+        self.ended.push(Arc::clone(group));
     }
 
     /// Adds a group.
@@ -71,9 +78,14 @@ impl Routes {
         }
     }
 
-    /// Removes a group.
+    /// Removes a group, if it is still here: one that ended is gone before its last listener is, and another may have
+    /// taken its key.
     pub fn remove(&mut self, group: &Arc<Group>) {
-        self.groups.remove(&group.key);
+        self.ended.retain(|other| !Arc::ptr_eq(other, group));
+        match self.groups.get(&group.key) {
+            Some(found) if Arc::ptr_eq(found, group) => self.groups.remove(&group.key),
+            _ => return,
+        };
         match &group.plans {
             Plans::Globs { .. } => self.globs.retain(|other| !Arc::ptr_eq(other, group)),
             Plans::Exact(plans) => {

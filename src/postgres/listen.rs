@@ -11,6 +11,9 @@ use sqlx::postgres::PgListener;
 use super::{ConnectError, Database};
 use crate::backoff::Backoff;
 
+/// Rung when a tracked table may have changed, or which tables are tracked.
+pub const SCHEMA_CHANNEL: &str = "tidewire_schema";
+
 /// Longest wait between attempts to connect.
 const RECONNECT_CAP: Duration = Duration::from_secs(1);
 const RECONNECT_BASE: Duration = Duration::from_millis(50);

@@ -31,6 +31,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "capture", include_str!("../../migrations/0003_capture.sql")),
     (4, "tracking", include_str!("../../migrations/0004_tracking.sql")),
     (5, "tickets", include_str!("../../migrations/0005_tickets.sql")),
+    (6, "schema_events", include_str!("../../migrations/0006_schema_events.sql")),
 ];
 
 /// What [`migrate`] did.

@@ -2,13 +2,18 @@
 //!
 //! Postgres is asked about every table that is not remembered, so that one tracked a moment ago is known everywhere; those
 //! who ask at the same time share one query, but never one that began before they asked. What is remembered is at most
-//! [`REFRESH_INTERVAL`] old, and is forgotten when the log says that the table's shape has changed.
+//! [`REFRESH_INTERVAL`] old, and doubted when the log says that the table's shape has changed.
+//!
+//! The follower makes sure that every table is known before an event of it is routed ([`Registry::acquaint`]), so that a
+//! glob's plan for a table never rests on ignorance. What is known of a table that is gone is kept for its events that
+//! are still to be shown.
 //!
 //! A session that compiled a filter with a [`TableInfo`] and has then joined the hub asks [`Registry::is_current`]: if the
 //! shape changed in between, the hub may have told the old subscriptions before this one was there to be told.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
@@ -21,12 +26,14 @@ use super::TableInfo;
 use crate::filter::{Column, ColumnType};
 use crate::postgres::Database;
 use crate::postgres::listen::Wakeups;
-use crate::table_name::TableName;
+use crate::table_name::{TableName, is_event};
 
 /// Between two looks at all tracked tables, for what no notification told.
 pub const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 /// Between two looks, however many notifications there are.
 const REFRESH_PAUSE: Duration = Duration::from_millis(200);
+/// Tables that are gone, and names that are no tracked table, which are kept in mind; beyond, they are begun anew.
+const MAX_GONE: usize = 10_000;
 /// After a look that failed.
 const REFRESH_RETRY: Duration = Duration::from_secs(1);
 
@@ -46,6 +53,8 @@ pub enum Lookup {
 pub struct Registry {
     database: Arc<Database>,
     known: RwLock<Known>,
+    // Rises with every change of what is known.
+    version: AtomicU64,
     channels: watch::Sender<Arc<HashMap<Arc<str>, String>>>,
     // Who asks next; closed when its query begins.
     next: Mutex<Arc<Round>>,
@@ -54,9 +63,63 @@ pub struct Registry {
 
 #[derive(Debug, Default)]
 struct Known {
-    tables: HashMap<TableName, Arc<TableInfo>>,
-    // What was read before a table was forgotten must not be remembered after.
-    forgotten: u64,
+    tables: HashMap<TableName, Entry>,
+    // No tracked tables, as far as they were asked for.
+    strangers: HashSet<TableName>,
+    // What was read before a table was doubted must not be believed after.
+    doubts: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    info: Arc<TableInfo>,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Current,
+    /// Its shape has changed; nobody has asked since.
+    Doubted,
+    /// Dropped, renamed or untracked.
+    Gone,
+}
+
+impl Known {
+    /// True: this is news.
+    fn learn(&mut self, info: &Arc<TableInfo>) -> bool {
+        self.strangers.remove(info.name.as_str());
+        match self.tables.get_mut(info.name.as_str()) {
+            Some(entry) => {
+                let same = *entry.info == **info && entry.state != State::Gone;
+                entry.state = State::Current;
+                if !same {
+                    entry.info = Arc::clone(info);
+                }
+                !same
+            }
+            None => {
+                self.tables.insert(info.name.clone(), Entry { info: Arc::clone(info), state: State::Current });
+                true
+            }
+        }
+    }
+
+    /// True: this is news.
+    fn lose(&mut self, name: &TableName) -> bool {
+        if self.strangers.len() >= MAX_GONE {
+            self.strangers.clear();
+            self.tables.retain(|_, entry| entry.state != State::Gone);
+        }
+        self.strangers.insert(name.clone());
+        let before = self.tables.get_mut(name).map(|entry| std::mem::replace(&mut entry.state, State::Gone));
+        before.is_some_and(|before| before != State::Gone)
+    }
+
+    fn is_known(&self, canonical: &str) -> bool {
+        self.strangers.contains(canonical)
+            || self.tables.get(canonical).is_some_and(|entry| entry.state == State::Current)
+    }
 }
 
 /// Names that are asked for together.
@@ -75,6 +138,7 @@ impl Registry {
         Self {
             database,
             known: RwLock::default(),
+            version: AtomicU64::new(0),
             channels: watch::channel(Arc::default()).0,
             next: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
@@ -87,8 +151,10 @@ impl Registry {
     /// # Errors
     /// Postgres could not be asked. Bounded by the pool's and the statement's time-outs.
     pub async fn lookup(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
-        if let Some(info) = self.cached(name.as_str()) {
-            return Ok(Lookup::Tracked(info));
+        if let Some(entry) = self.known.read().tables.get(name)
+            && entry.state == State::Current
+        {
+            return Ok(Lookup::Tracked(Arc::clone(&entry.info)));
         }
         let round = {
             let next = self.next.lock();
@@ -102,50 +168,93 @@ impl Registry {
         }
     }
 
-    /// What is remembered of a table; no I/O.
+    /// What was last known of a table, also of one that is gone; no I/O.
     #[must_use]
     pub fn cached(&self, canonical: &str) -> Option<Arc<TableInfo>> {
-        self.known.read().tables.get(canonical).cloned()
+        self.known.read().tables.get(canonical).map(|entry| Arc::clone(&entry.info))
     }
 
     /// Whether a table still looks like this, as far as this node has heard.
     #[must_use]
     pub fn is_current(&self, info: &TableInfo) -> bool {
-        self.known.read().tables.get(info.name.as_str()).is_some_and(|known| **known == *info)
+        let known = self.known.read();
+        known.tables.get(info.name.as_str()).is_some_and(|entry| entry.state == State::Current && *entry.info == *info)
+    }
+
+    /// Rises with every change of what [`Registry::cached`] says.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Makes sure that each of these tables is either known or known to be none. Costs nothing where that is so already.
+    ///
+    /// # Errors
+    /// Postgres could not be asked.
+    pub async fn acquaint(&self, tables: impl IntoIterator<Item = &Arc<str>>) -> Result<(), sqlx::Error> {
+        let unknown: BTreeSet<TableName> = {
+            let known = self.known.read();
+            let mut last: Option<&Arc<str>> = None;
+            tables
+                .into_iter()
+                // Mostly runs of one table.
+                .filter(|table| !last.replace(table).is_some_and(|last| Arc::ptr_eq(last, table)))
+                .filter(|table| !is_event(table) && !known.is_known(table))
+                .map(|table| TableName::from_canonical(table))
+                .collect()
+        };
+        for name in &unknown {
+            self.lookup(name).await?;
+        }
+        Ok(())
     }
 
     /// Asks for every tracked table, in one query.
     ///
     /// # Errors
-    /// Postgres could not be asked; what was remembered stays.
+    /// Postgres could not be asked; what was known stays.
     pub async fn refresh(&self) -> Result<(), sqlx::Error> {
-        let began = self.known.read().forgotten;
+        let began = self.known.read().doubts;
         let rows = sqlx::query(ALL_TRACKED).fetch_all(self.database.pool()).await?;
-        let read = rows.iter().map(table_info).collect::<Result<Vec<_>, _>>()?;
+        let read = rows.iter().map(|row| table_info(row).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let mut news = false;
         {
             let mut known = self.known.write();
-            if known.forgotten != began {
+            if known.doubts != began {
                 // Something changed meanwhile; the next look has it.
                 return Ok(());
             }
-            let mut former = std::mem::take(&mut known.tables);
-            known.tables = read
-                .into_iter()
-                .map(|info| {
-                    let kept = former.remove(info.name.as_str()).filter(|kept| **kept == info);
-                    (info.name.clone(), kept.unwrap_or_else(|| Arc::new(info)))
-                })
-                .collect();
+            known.strangers.clear();
+            for info in &read {
+                news |= known.learn(info);
+            }
+            let there: HashSet<&TableName> = read.iter().map(|info| &info.name).collect();
+            let lost: Vec<_> = known.tables.keys().filter(|name| !there.contains(name)).cloned().collect();
+            for name in &lost {
+                news |= known.lose(name);
+            }
         }
-        self.tell_channels();
+        self.tell(news);
         Ok(())
     }
 
-    /// Forgets a table: its shape has changed.
+    /// A table's shape has changed: it is asked for when it is next needed.
     pub fn forget(&self, canonical: &str) {
         let mut known = self.known.write();
-        known.forgotten += 1;
-        known.tables.remove(canonical);
+        known.doubts += 1;
+        known.strangers.remove(canonical);
+        if let Some(entry) = known.tables.get_mut(canonical)
+            && entry.state == State::Current
+        {
+            entry.state = State::Doubted;
+        }
+    }
+
+    /// Names that were no tracked tables may be some now.
+    pub fn forget_strangers(&self) {
+        let mut known = self.known.write();
+        known.doubts += 1;
+        known.strangers.clear();
     }
 
     /// Tables with a public channel, and its name.
@@ -194,7 +303,7 @@ impl Registry {
     }
 
     async fn read(&self, names: Vec<TableName>) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
-        let began = self.known.read().forgotten;
+        let began = self.known.read().doubts;
         let (mut asked, mut schemas, mut tables) = (Vec::new(), Vec::new(), Vec::new());
         for name in names {
             if let Some((schema, table)) = name.schema_and_table() {
@@ -214,27 +323,31 @@ impl Registry {
             };
             found.insert(name.clone(), answer);
         }
+        let mut news = false;
         {
             let mut known = self.known.write();
-            if known.forgotten == began {
+            if known.doubts == began {
                 for name in &asked {
-                    match found.get(name) {
-                        Some(Lookup::Tracked(info)) => known.tables.insert(name.clone(), Arc::clone(info)),
-                        _ => known.tables.remove(name),
+                    news |= match found.get(name) {
+                        Some(Lookup::Tracked(info)) => known.learn(info),
+                        _ => known.lose(name),
                     };
                 }
             }
         }
-        self.tell_channels();
+        self.tell(news);
         Ok(found)
     }
 
-    fn tell_channels(&self) {
+    fn tell(&self, news: bool) {
+        if !news {
+            return;
+        }
+        self.version.fetch_add(1, Ordering::AcqRel);
         let known = self.known.read();
-        let channels: HashMap<Arc<str>, String> = known
-            .tables
-            .values()
-            .filter_map(|info| Some((info.name.as_str().into(), info.notify_channel.clone()?)))
+        let present = known.tables.values().filter(|entry| entry.state != State::Gone);
+        let channels: HashMap<Arc<str>, String> = present
+            .filter_map(|entry| Some((entry.info.name.as_str().into(), entry.info.notify_channel.clone()?)))
             .collect();
         self.channels.send_if_modified(|told| {
             let changed = **told != channels;

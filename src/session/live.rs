@@ -451,6 +451,11 @@ impl Session {
                 self.read_log(index);
                 Step::Nothing
             }
+            Pull::Ended(ended) => {
+                let id = place.id.to_string();
+                self.machine.resync(start::resync(&self.context, id, ended.reason, ended.message.clone()));
+                Step::Said
+            }
         }
     }
 
@@ -459,14 +464,8 @@ impl Session {
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
         if !held {
             place.fell_back = false;
-            let before = place.passed;
             place.passed = place.passed.max(boundary.seq);
             let id = Arc::clone(&place.id);
-            if let Some(ended) = place.tap.group().ended().filter(|ended| ended.seq <= before.max(boundary.seq)) {
-                let resync = start::resync(&self.context, id.to_string(), ended.reason, ended.message.clone());
-                self.machine.resync(resync);
-                return Step::Said;
-            }
             self.machine.reached(now, &id, boundary);
         }
         Step::Nothing

@@ -31,6 +31,8 @@ use crate::table_name::{TableName, TablePattern};
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries meanwhile.
 const RETRY: Duration = Duration::from_millis(200);
+/// Looks at tables whose shape changes again and again.
+const MAX_LOOKS: usize = 5;
 /// Names and globs of one subscription.
 pub const MAX_TABLES: usize = 256;
 
@@ -75,7 +77,6 @@ pub async fn start(
     signal: &Arc<Signal>,
 ) -> Result<Started, NotStarted> {
     let wish = Wish::read(subscribe)?;
-    let (key, plans) = plan(context, scopes, subscribe, &wish).await?;
     let asked = match &subscribe.from {
         From::Now => None,
         From::Cursor(text) | From::SnapshotIfGone(text) => Some(
@@ -90,7 +91,7 @@ pub async fn start(
     };
     let edge = settled(context).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
-    let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+    let tap = join(context, scopes, subscribe, &wish, signal).await?;
     let Some(cursor) = asked else {
         let edge = context.hub.edge();
         let (cursor, generation) = (edge.boundary, edge.generation);
@@ -107,6 +108,25 @@ pub async fn start(
         }
         Err(other) => Err(other),
     }
+}
+
+/// A place in the hub. Where a table's shape changed between the look at it and joining, those who had joined before
+/// were told; whoever was not there yet looks again.
+async fn join(
+    context: &Arc<Context>,
+    scopes: &Arc<Scopes>,
+    subscribe: &Subscribe,
+    wish: &Wish,
+    signal: &Arc<Signal>,
+) -> Result<Tap, WireError> {
+    for _ in 0..MAX_LOOKS {
+        let Planned { key, plans, tables } = plan(context, scopes, subscribe, wish).await?;
+        let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+        if tables.iter().all(|table| context.registry.is_current(table)) {
+            return Ok(tap);
+        }
+    }
+    Err(unavailable("the tables' shape is being changed right now"))
 }
 
 /// The parts of a wish that need no database.
@@ -158,12 +178,20 @@ impl Wish {
 }
 
 /// What the subscription is shown, and the key that equal ones share.
+struct Planned {
+    key: String,
+    plans: Plans,
+    // As it looked when its plan was made.
+    tables: Vec<Arc<TableInfo>>,
+}
+
 async fn plan(
     context: &Arc<Context>,
     scopes: &Arc<Scopes>,
     subscribe: &Subscribe,
     wish: &Wish,
-) -> Result<(String, Plans), WireError> {
+) -> Result<Planned, WireError> {
+    let mut tables = Vec::new();
     let mut key = format!("{:?}{:?}{:?}", subscribe.id, wish.ops, wish.columns);
     let mut exact = HashMap::new();
     for pattern in &wish.patterns {
@@ -182,14 +210,15 @@ async fn plan(
             info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
         let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}");
         exact.insert(Arc::<str>::from(name.as_str()), Arc::new(plan));
+        tables.extend(info);
     }
     if !wish.patterns.iter().any(TablePattern::is_glob) {
-        return Ok((key, Plans::Exact(exact)));
+        return Ok(Planned { key, plans: Plans::Exact(exact), tables });
     }
     let described = serde_json::to_string(&**scopes).unwrap_or_default();
     let _ = write!(key, "|{:?}{described}", wish.patterns);
     let resolve = glob_resolver(Arc::clone(&context.registry), Arc::clone(scopes), wish, exact);
-    Ok((key, Plans::Globs { resolve, known: parking_lot::Mutex::default() }))
+    Ok(Planned { key, plans: Plans::Globs { resolve, known: parking_lot::Mutex::default() }, tables })
 }
 
 /// Plans of tables as they appear. What a key's condition does not fit is not shown.

@@ -95,11 +95,32 @@ async fn a_refresh_brings_new_tables_and_forgets_old_ones() {
     assert!(Arc::ptr_eq(&before, &registry.cached("public.orders").unwrap()), "what did not change is kept");
     run(&db, "ALTER TABLE orders ADD COLUMN extra int; SELECT tidewire.untrack('lines')").await;
     registry.refresh().await.unwrap();
-    assert!(registry.cached("public.lines").is_none());
+    assert_eq!(registry.lookup(&name("lines")).await.unwrap(), Lookup::NotTracked);
+    assert!(registry.cached("public.lines").is_some(), "for those of its events that are still to be shown");
     assert!(!registry.is_current(&before));
+    run(&db, "ALTER TABLE orders ADD COLUMN more int").await;
+    let before = tracked(&registry, "orders").await;
+    assert_eq!(before.columns.len(), 5, "it is remembered");
     registry.forget("public.orders");
+    assert!(!registry.is_current(&before));
+    assert_eq!(tracked(&registry, "orders").await.columns.len(), 6);
+}
+
+#[tokio::test]
+async fn a_table_is_known_before_its_events_are_routed() {
+    let db = database().await;
+    let registry = Registry::new(node_database(&db));
+    let tables: Vec<Arc<str>> = vec!["public.orders".into(), "event:x".into(), "public.gone".into()];
+    registry.acquaint(&tables).await.unwrap();
     assert!(registry.cached("public.orders").is_none());
-    assert_eq!(tracked(&registry, "orders").await.columns.len(), 5);
+    run(&db, ORDERS).await;
+    registry.acquaint(&tables).await.unwrap();
+    assert!(registry.cached("public.orders").is_none(), "what is no tracked table is asked for once");
+    let version = registry.version();
+    registry.forget_strangers();
+    registry.acquaint(&tables).await.unwrap();
+    assert!(registry.cached("public.orders").is_some());
+    assert!(registry.version() > version);
 }
 
 #[tokio::test]

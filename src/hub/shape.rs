@@ -1,0 +1,234 @@
+//! What a SCHEMA event means for a subscription: whether it ends it, and what of it a key may see.
+//!
+//! Pure. The description is what the leader's watcher wrote:
+//! `{"changes":[{"kind":…,"column":…,"from":…,"to":…,"type":…}],"columns":[{"name":…,"type":…}],"relid":…}`.
+//! A column counts as used when the client's `where`, the key's row condition or the client's `columns` names it; clients
+//! of other columns go on.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::auth::scope::ColumnMask;
+use crate::hub::plan::TablePlan;
+use crate::protocol::message::ResyncReason;
+
+/// The changes that a SCHEMA event tells.
+#[derive(Debug, Deserialize)]
+struct Described {
+    #[serde(default)]
+    changes: Vec<Change>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Change {
+    kind: String,
+    #[serde(default)]
+    column: Option<String>,
+    #[serde(default)]
+    from: Value,
+    #[serde(default)]
+    to: Value,
+}
+
+/// Why a subscription with this plan cannot go on after a SCHEMA event of its table, whose `after` is given; None: it can.
+#[must_use]
+pub fn broken_by(plan: &TablePlan, after: &str) -> Option<(ResyncReason, String)> {
+    let described: Described = serde_json::from_str(after).ok()?;
+    described.changes.iter().find_map(|change| broken_by_change(plan, change))
+}
+
+fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, String)> {
+    let changed = |message: String| Some((ResyncReason::SchemaChanged, message));
+    let (from, to) = (change.from.as_str().unwrap_or_default(), change.to.as_str().unwrap_or_default());
+    let column = change.column.as_deref().unwrap_or_default();
+    match change.kind.as_str() {
+        "drop_table" => {
+            let what = "the table was dropped: a table of the same name is another one, subscribe to it anew";
+            Some((ResyncReason::TableDropped, what.to_owned()))
+        }
+        "rename_table" => changed(format!("the table is now named {to}: subscribe to that")),
+        "drop_column" if uses(plan, column) => {
+            changed(format!("the column {column:?}, which this subscription uses, was dropped"))
+        }
+        // Also the new name: before the change, rows had no such column, or another one.
+        "rename_column" if uses(plan, from) || uses(plan, to) => {
+            changed(format!("the column {from:?}, which this subscription uses, is now named {to:?}"))
+        }
+        "alter_column" if uses(plan, column) && unmodified(from) != unmodified(to) => {
+            changed(format!("the column {column:?}, which this subscription uses, was of type {from} and is now {to}"))
+        }
+        "row_security" if change.to == Value::Bool(true) && plan.condition.is_none() => changed(
+            "row level security was switched on: the key needs a row condition that covers the table".to_owned(),
+        ),
+        _ => None,
+    }
+}
+
+fn uses(plan: &TablePlan, column: &str) -> bool {
+    let filters = [&plan.filter, &plan.condition];
+    filters.into_iter().flatten().any(|filter| filter.columns().any(|used| used == column))
+        || plan.columns.as_ref().is_some_and(|columns| columns.contains(column))
+}
+
+/// A type without its length or precision, which no condition depends on: `character varying(10)` → `character varying`.
+fn unmodified(name: &str) -> String {
+    let mut depth = 0_usize;
+    let kept = name.chars().filter(|character| {
+        match character {
+            '(' => depth += 1,
+            ')' => depth = depth.saturating_sub(1),
+            _ => return depth == 0,
+        }
+        false
+    });
+    kept.collect()
+}
+
+/// A SCHEMA event's `after` without what it says of columns that the key may not read. A rename from or to such a name is,
+/// for the key, a column that appears or goes.
+#[must_use]
+pub fn masked(after: &str, mask: &ColumnMask) -> String {
+    let mut described: Value = serde_json::from_str(after).unwrap_or_default();
+    if let Some(columns) = described.get_mut("columns").and_then(Value::as_array_mut) {
+        columns.retain(|column| shown(&column["name"], mask));
+    }
+    if let Some(changes) = described.get_mut("changes").and_then(Value::as_array_mut) {
+        changes.retain_mut(|change| mask_change(change, mask));
+    }
+    described.to_string()
+}
+
+/// False: nothing of it is left.
+fn mask_change(change: &mut Value, mask: &ColumnMask) -> bool {
+    if change["kind"] == "key" {
+        for side in ["from", "to"] {
+            if let Some(names) = change.get_mut(side).and_then(Value::as_array_mut) {
+                names.retain(|name| shown(name, mask));
+            }
+        }
+        return true;
+    }
+    if change["kind"] != "rename_column" {
+        return shown(&change["column"], mask);
+    }
+    let (from, to, of_type) = (change["from"].take(), change["to"].take(), change["type"].take());
+    let (kind, column) = match (shown(&from, mask), shown(&to, mask)) {
+        (true, true) => {
+            (change["from"], change["to"], change["type"]) = (from, to, of_type);
+            return true;
+        }
+        (true, false) => ("drop_column", from),
+        (false, true) => ("add_column", to),
+        (false, false) => return false,
+    };
+    *change = serde_json::json!({ "kind": kind, "column": column });
+    if kind == "add_column" {
+        change["type"] = of_type;
+    }
+    true
+}
+
+fn shown(name: &Value, mask: &ColumnMask) -> bool {
+    name.as_str().is_none_or(|name| mask.allows(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::auth::scope::OpSet;
+    use crate::filter::{Column, ColumnType, Filter};
+
+    fn plan(filter: Option<&str>, condition: Option<&str>, columns: Option<&[&str]>) -> TablePlan {
+        let known = [
+            Column::new("id", ColumnType::Int8),
+            Column::new("status", ColumnType::Text),
+            Column::new("tenant", ColumnType::Int4),
+        ];
+        let compile = |text| Filter::compile(text, &known).unwrap();
+        TablePlan {
+            ops: OpSet::ALL,
+            filter: filter.map(compile),
+            condition: condition.map(compile),
+            mask: ColumnMask::All,
+            columns: columns.map(|names| Arc::new(names.iter().map(|name| Box::from(*name)).collect())),
+        }
+    }
+
+    fn after(change: &str) -> String {
+        format!(r#"{{"changes":[{{"kind":"add_column","column":"x","type":"text"}},{change}],"columns":[],"relid":1}}"#)
+    }
+
+    #[test]
+    fn a_subscription_ends_when_what_it_uses_is_dropped_renamed_or_retyped() {
+        let plans = [
+            plan(Some("status = 'paid'"), None, None),
+            plan(None, Some("status IS NOT NULL"), None),
+            plan(None, None, Some(&["id", "status"])),
+        ];
+        for plan in &plans {
+            for change in [
+                r#"{"kind":"drop_column","column":"status"}"#,
+                r#"{"kind":"rename_column","column":"state","from":"status","to":"state"}"#,
+                r#"{"kind":"rename_column","column":"status","from":"state","to":"status"}"#,
+                r#"{"kind":"alter_column","column":"status","from":"text","to":"integer"}"#,
+            ] {
+                let (reason, message) = broken_by(plan, &after(change)).unwrap();
+                assert_eq!(reason, ResyncReason::SchemaChanged);
+                assert!(message.contains("status"), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_subscription_goes_on_when_other_columns_change() {
+        let plan = plan(Some("status = 'paid'"), Some("tenant = 7"), Some(&["id"]));
+        for change in [
+            r#"{"kind":"drop_column","column":"note"}"#,
+            r#"{"kind":"rename_column","column":"b","from":"a","to":"b"}"#,
+            r#"{"kind":"alter_column","column":"status","from":"character varying(10)","to":"character varying(20)"}"#,
+            r#"{"kind":"key","from":["id"],"to":null}"#,
+            r#"{"kind":"capture_broken","message":"disabled"}"#,
+            r#"{"kind":"something_later","column":"status"}"#,
+        ] {
+            assert_eq!(broken_by(&plan, &after(change)), None, "{change}");
+        }
+        assert_eq!(broken_by(&plan, "not json"), None);
+    }
+
+    #[test]
+    fn a_table_that_is_gone_or_renamed_ends_every_subscription() {
+        let everything = plan(None, None, None);
+        let dropped = broken_by(&everything, &after(r#"{"kind":"drop_table"}"#)).unwrap();
+        assert_eq!(dropped.0, ResyncReason::TableDropped);
+        let renamed = r#"{"kind":"rename_table","from":"public.a","to":"public.b"}"#;
+        let (reason, message) = broken_by(&everything, &after(renamed)).unwrap();
+        assert_eq!(reason, ResyncReason::SchemaChanged);
+        assert!(message.contains("public.b"), "{message}");
+    }
+
+    #[test]
+    fn row_security_ends_those_whose_key_has_no_condition() {
+        let change = after(r#"{"kind":"row_security","from":false,"to":true}"#);
+        assert!(broken_by(&plan(None, None, None), &change).is_some());
+        assert!(broken_by(&plan(None, Some("tenant = 1"), None), &change).is_none());
+    }
+
+    #[test]
+    fn hidden_columns_are_not_told_of_under_any_name() {
+        let mask = ColumnMask::AllBut(Arc::new(["secret".into()].into_iter().collect()));
+        let told = masked(
+            r#"{"changes":[{"kind":"drop_column","column":"secret"},
+                {"kind":"rename_column","column":"secret","from":"plain","to":"secret","type":"text"},
+                {"kind":"rename_column","column":"open","from":"secret","to":"open","type":"text"},
+                {"kind":"key","from":["id","secret"],"to":["id"]}],
+               "columns":[{"name":"id","type":"bigint"},{"name":"secret","type":"text"}],"relid":7}"#,
+            &mask,
+        );
+        assert!(!told.contains("secret"), "{told}");
+        let told: Value = serde_json::from_str(&told).unwrap();
+        assert_eq!(told["changes"][0], serde_json::json!({"kind": "drop_column", "column": "plain"}));
+        assert_eq!(told["changes"][1], serde_json::json!({"kind": "add_column", "column": "open", "type": "text"}));
+    }
+}

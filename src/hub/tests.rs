@@ -1,0 +1,107 @@
+//! The hub's end of subscriptions that a schema change breaks.
+
+use super::*;
+use crate::auth::scope::{ColumnMask, OpSet};
+use crate::event::NewEvent;
+use crate::filter::{Column, ColumnType, Filter};
+use crate::hub::plan::TablePlan;
+use crate::protocol::message::ResyncReason;
+
+const FRAME_BYTES: usize = 1 << 20;
+
+fn hub() -> Arc<Hub> {
+    let options = HubOptions { ring_window: Duration::from_secs(300), ring_bytes: 1 << 20, frame_bytes: FRAME_BYTES };
+    let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().unwrap())));
+    hub.restart(0, None, Epochs::default());
+    hub.hold(false);
+    hub
+}
+
+fn event(seq: Seq, operation: Operation, after: &str) -> Event {
+    let id = Uuid::from_u128(u128::from(seq));
+    let new = NewEvent {
+        event_id: id,
+        table: "public.t",
+        operation,
+        key: None,
+        old_key: None,
+        before: None,
+        after: Some(after),
+        event_type: None,
+        headers: None,
+        xid: seq,
+        created_at: chrono::DateTime::UNIX_EPOCH,
+        omitted: false,
+    };
+    let mut body = String::new();
+    new.compose(&mut body);
+    let table = "public.t".into();
+    Event { seq, id, xid: seq, operation, tx_end: true, omitted: false, table, body: body.into() }
+}
+
+fn insert(seq: Seq) -> Event {
+    event(seq, Operation::Insert, r#"{"a":1}"#)
+}
+
+fn drops(seq: Seq, column: &str) -> Event {
+    let after = format!(r#"{{"changes":[{{"kind":"drop_column","column":"{column}"}}],"columns":[],"relid":1}}"#);
+    event(seq, Operation::Schema, &after)
+}
+
+fn plans() -> Plans {
+    let filter = Filter::compile("a = 1", &[Column::new("a", ColumnType::Int4)]).unwrap();
+    let plan =
+        TablePlan { ops: OpSet::ALL, filter: Some(filter), condition: None, mask: ColumnMask::All, columns: None };
+    Plans::Exact(HashMap::from([("public.t".into(), Arc::new(plan))]))
+}
+
+fn join(hub: &Arc<Hub>) -> Tap {
+    hub.join("k", "id", &Arc::default(), plans)
+}
+
+fn frame(pull: Pull) -> (usize, Seq) {
+    match pull {
+        Pull::Frame(frame) => (frame.count, frame.through),
+        other => panic!("no frame: {other:?}"),
+    }
+}
+
+#[test]
+fn a_subscription_ends_after_what_came_before_the_change_that_breaks_it() {
+    let hub = hub();
+    let tap = join(&hub);
+    hub.append(&[insert(1), drops(2, "b"), insert(3), drops(4, "a"), insert(5)], Instant::now()).unwrap();
+    assert_eq!(frame(tap.pull(0)), (4, 4), "up to the change itself");
+    let Pull::Ended(ended) = tap.pull(4) else { panic!("not ended") };
+    assert_eq!((ended.seq, ended.reason), (4, ResyncReason::SchemaChanged));
+
+    let after = join(&hub);
+    hub.append(&[insert(6)], Instant::now()).unwrap();
+    assert_eq!(frame(after.pull(5)), (1, 6), "whoever joins later gets a group of its own");
+    drop(tap);
+    hub.append(&[insert(7)], Instant::now()).unwrap();
+    assert_eq!(frame(after.pull(6)), (1, 7), "the end of the old group takes nothing from the new one");
+}
+
+#[test]
+fn whoever_catches_up_across_the_change_is_stopped_before_it() {
+    let hub = hub();
+    hub.append(&[insert(1), insert(2), drops(3, "a"), insert(4)], Instant::now()).unwrap();
+    let tap = join(&hub);
+    assert_eq!(frame(tap.pull(0)), (2, 2));
+    assert!(matches!(tap.pull(2), Pull::Ended(ended) if ended.seq == 2));
+    assert!(matches!(tap.pull(3), Pull::Frame(_)), "after the change the plan fits");
+    assert_eq!(tap.group().ended(), None, "it ends nothing for the others");
+}
+
+#[test]
+fn a_listener_far_behind_its_ended_group_reads_the_ring_up_to_the_end() {
+    let hub = hub();
+    hub.append(&[insert(1)], Instant::now()).unwrap();
+    let tap = join(&hub);
+    hub.append(&[insert(2), drops(3, "a"), insert(4)], Instant::now()).unwrap();
+    assert_eq!(frame(tap.pull(0)).1, 2);
+    // What the ring has is read up to the change; its own frames would have told that as well.
+    assert!(matches!(tap.pull(2), Pull::Ended(_)));
+    assert!(matches!(tap.pull(3), Pull::Ended(_)));
+}
