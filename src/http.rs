@@ -3,6 +3,7 @@
 pub mod credentials;
 pub mod health;
 pub mod problem;
+pub mod serve;
 pub mod sse;
 pub mod tickets;
 pub mod ws;

@@ -2,5 +2,7 @@
 //! `--json`, a program. They decide nothing.
 
 pub mod bench;
+pub mod connect;
 pub mod keys;
+pub mod serve;
 pub mod tail;

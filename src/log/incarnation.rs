@@ -1,7 +1,7 @@
 //! Epochs and terms: which incarnation the log is, and who leads.
 
+use sqlx::Row as _;
 use sqlx::postgres::{PgConnection, PgPool};
-use sqlx::{Connection as _, Row as _};
 use uuid::Uuid;
 
 use crate::cursor::{Epoch, EpochStart, Epochs, Seq};
@@ -91,10 +91,10 @@ pub struct Term {
 /// # Errors
 /// When Postgres refuses; nothing has begun then.
 pub async fn begin_term(connection: &mut PgConnection, candidate: &Candidate<'_>) -> Result<Term, sqlx::Error> {
-    // The leader's own connection, dropped on any error: no pooled connection can be poisoned here.
-    let mut transaction = connection.begin().await?;
+    // By hand: the connection is the leader's own and is dropped on any error, which ends the transaction.
+    sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
     let tail = sqlx::query("SELECT seq, xid::text, tx_end FROM tidewire.event_log ORDER BY seq DESC LIMIT 1")
-        .fetch_optional(&mut *transaction)
+        .fetch_optional(&mut *connection)
         .await?;
     let (newest, open_xid) = match tail {
         Some(row) => {
@@ -103,7 +103,7 @@ pub async fn begin_term(connection: &mut PgConnection, candidate: &Candidate<'_>
         }
         None => (0, None),
     };
-    let reason = new_epoch_reason(&mut transaction, candidate, newest).await?;
+    let reason = new_epoch_reason(&mut *connection, candidate, newest).await?;
     if let Some(reason) = reason {
         tracing::warn!(reason, start_seq = newest, "a new epoch of the log begins");
         sqlx::query(
@@ -114,7 +114,7 @@ pub async fn begin_term(connection: &mut PgConnection, candidate: &Candidate<'_>
         .bind(candidate.incarnation.timeline_text())
         .bind(newest.cast_signed())
         .bind(reason)
-        .execute(&mut *transaction)
+        .execute(&mut *connection)
         .await?;
     }
     let row = sqlx::query(
@@ -127,10 +127,10 @@ pub async fn begin_term(connection: &mut PgConnection, candidate: &Candidate<'_>
     .bind(candidate.pid)
     .bind(candidate.feed_pid)
     .bind(candidate.feed_key)
-    .fetch_one(&mut *transaction)
+    .fetch_one(&mut *connection)
     .await?;
     let (term, epoch): (i64, i32) = (row.try_get(0)?, row.try_get(1)?);
-    transaction.commit().await?;
+    sqlx::raw_sql("COMMIT").execute(connection).await?;
     Ok(Term { term: term.cast_unsigned(), epoch: epoch.cast_unsigned(), newest, open_xid })
 }
 

@@ -77,6 +77,14 @@ pub enum MigrationError {
     Database(#[from] sqlx::Error),
 }
 
+impl MigrationError {
+    /// Whether the same attempt may succeed later, without anybody changing the program or the database's owner.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Standby | Self::Busy | Self::TableInUse | Self::Database(_))
+    }
+}
+
 /// The schema version that this program needs.
 #[must_use]
 pub fn version() -> i64 {
@@ -108,7 +116,7 @@ async fn migrate_on(connection: &mut PgConnection) -> Result<Outcome, MigrationE
     let from = applied(connection).await?;
     if from < version() {
         sqlx::query(LOCK_TIMEOUT).execute(&mut *connection).await?;
-        migrator(connection).await?.run(&mut *connection).await.map_err(explain)?;
+        migrator(connection).await?.run_direct(None, &mut *connection, false).await.map_err(explain)?;
     }
     Ok(Outcome { from, to: version() })
 }

@@ -137,6 +137,16 @@ impl Database {
         Err(failure)
     }
 
+    /// How to connect to the primary of this moment.
+    ///
+    /// # Errors
+    /// [`ConnectError`] when there is none.
+    pub async fn primary(&self) -> Result<PgConnectOptions, ConnectError> {
+        let (connection, _, options) = self.find(true).await?;
+        let _ = connection.close().await;
+        Ok(options)
+    }
+
     /// Points the pool at the primary of this moment and drops every pooled connection made before.
     ///
     /// # Errors

@@ -55,3 +55,12 @@ pub async fn announce(connection: &mut PgConnection) -> Result<(), sqlx::Error> 
     .await?;
     Ok(())
 }
+
+/// Sets how writers wake a parked relay, for the whole database: `notify` or `poll`.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn wake(pool: &sqlx::PgPool, mode: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("SELECT tidewire.set_wake($1) WHERE tidewire.wake_mode() <> $1").bind(mode).execute(pool).await?;
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! The database that a command works on.
+
+use sqlx::PgPool;
+
+use crate::dev;
+use crate::postgres::Database;
+
+/// Connections of a command.
+const POOL_SIZE: u32 = 2;
+
+/// Which database
+#[derive(Debug, clap::Args)]
+pub struct DatabaseArgs {
+    /// Postgres URL [default: that of a running `tidewire dev`]
+    #[arg(long, env = "TIDEWIRE_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+}
+
+impl DatabaseArgs {
+    /// Connects to the primary.
+    ///
+    /// # Errors
+    /// When no database is named or none is reached, with what to do.
+    pub async fn database(&self) -> anyhow::Result<Database> {
+        let url = match &self.database_url {
+            Some(url) => url.clone(),
+            None => match dev::running() {
+                Some(running) => running.database_url,
+                None => anyhow::bail!(
+                    "no database named: give --database-url or TIDEWIRE_DATABASE_URL, or start `tidewire dev`"
+                ),
+            },
+        };
+        let database = Database::new(&url, None, "cli", POOL_SIZE)?;
+        database.renew().await?;
+        Ok(database)
+    }
+
+    /// The pool alone.
+    ///
+    /// # Errors
+    /// As [`DatabaseArgs::database`].
+    pub async fn pool(&self) -> anyhow::Result<PgPool> {
+        Ok(self.database().await?.pool().clone())
+    }
+}
