@@ -173,8 +173,13 @@ fn build(
     ));
     let wakeups = Arc::new(Wakeups::default());
     let registry = Arc::new(Registry::new(Arc::clone(&database)));
-    let (follower, handle, key_changes) =
-        Follower::new(Arc::clone(&database), Arc::clone(&hub), Arc::clone(&registry), Arc::clone(&wakeups), Arc::clone(&metrics));
+    let (follower, handle, key_changes) = Follower::new(
+        Arc::clone(&database),
+        Arc::clone(&hub),
+        Arc::clone(&registry),
+        Arc::clone(&wakeups),
+        Arc::clone(&metrics),
+    );
     let relay = settings.relay.unwrap_or(true).then(|| Relay {
         options: relay_options(config),
         database: Arc::clone(&database),

@@ -80,11 +80,8 @@ impl Change {
 /// The `after` of a SCHEMA event.
 #[must_use]
 pub fn described(changes: &[Change], now: &Fingerprint, relid: u32) -> Value {
-    let columns: Vec<Value> = now
-        .columns
-        .iter()
-        .map(|column| serde_json::json!({ "name": column.name, "type": column.of_type }))
-        .collect();
+    let columns: Vec<Value> =
+        now.columns.iter().map(|column| serde_json::json!({ "name": column.name, "type": column.of_type })).collect();
     serde_json::json!({ "changes": changes, "columns": columns, "relid": relid })
 }
 
@@ -258,7 +255,10 @@ mod tests {
     fn a_partition_that_leaves_is_told_and_one_that_is_renamed_is_not() {
         assert!(diff(|now| now["leaves"]["10"] = json!("public.renamed")).is_empty());
         let left = diff(|now| now["leaves"] = json!({"11": "public.p2", "12": "public.p3"}));
-        assert_eq!((left.len(), &left[0]["kind"], &left[0]["from"]), (1, &json!("detach_partition"), &json!("public.p1")));
+        assert_eq!(
+            (left.len(), &left[0]["kind"], &left[0]["from"]),
+            (1, &json!("detach_partition"), &json!("public.p1"))
+        );
     }
 
     #[test]
