@@ -48,7 +48,7 @@ END $$;
 -- names for after a dump and restore, which renumbers both.
 CREATE FUNCTION tidewire.column_names(relation oid, options jsonb, list text) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    IF NOT options ? list THEN
+    IF (options ? list) IS NOT TRUE THEN
         RETURN NULL;
     END IF;
     RETURN ARRAY(

@@ -123,7 +123,7 @@ CREATE FUNCTION tidewire.tracked_options(relation oid) RETURNS jsonb LANGUAGE sq
     ORDER BY tgname LIMIT 1
 $$;
 
--- How a table looks to a subscriber: compared by the leader to see what changed. Null if there is no such table.
+-- How a table (or view) looks to a subscriber: compared by the leader to see what changed. Null if there is none.
 CREATE FUNCTION tidewire.table_fingerprint(relation oid) RETURNS jsonb LANGUAGE sql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
@@ -151,7 +151,7 @@ CREATE FUNCTION tidewire.table_fingerprint(relation oid) RETURNS jsonb LANGUAGE 
             SELECT coalesce(jsonb_agg(tidewire.table_text(relid) ORDER BY relid), '[]')
             FROM pg_partition_tree(c.oid) WHERE isleaf AND relid <> c.oid))
     FROM pg_class c
-    WHERE c.oid = relation AND relkind IN ('r', 'p')
+    WHERE c.oid = relation AND relkind IN ('r', 'p', 'v', 'm', 'f')
 $$;
 COMMENT ON FUNCTION tidewire.table_fingerprint(oid) IS 'Name, columns, key, capture triggers and partitions of a table; null if it is gone.';
 
@@ -233,7 +233,7 @@ BEGIN
         RAISE wrong_object_type USING
             MESSAGE = format('%s is a %s, not a table, and cannot be tracked', name, CASE r.relkind WHEN 'v' THEN 'view'
                 WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index'
-                WHEN 'I' THEN 'index' WHEN 'c' THEN 'type' ELSE 'relation of kind ' || r.relkind END),
+                WHEN 'I' THEN 'index' WHEN 'c' THEN 'type' ELSE format('relation of kind %s', r.relkind) END),
             HINT = 'Track the tables that it is made of.';
     ELSIF r.relpersistence = 't' THEN
         RAISE wrong_object_type USING MESSAGE = format('%s is a temporary table and cannot be tracked', name);

@@ -29,8 +29,8 @@ use crate::postgres::listen::Wakeups;
 use crate::telemetry::metrics::{Metrics, gauge};
 use crate::telemetry::tracing::with_warnings;
 
-/// Session advisory lock of the leader: "tidewire" in ASCII.
-pub const LEADER_LOCK: i64 = 0x7469_6465_7769_7265;
+/// Session advisory lock of the leader. Drawn once; the migrations have it and [`PARK_LOCK`] too.
+pub const LEADER_LOCK: i64 = 8_388_068_008_253_452_901;
 /// Held exclusively while the relay is parked, shared by every writer that saw it awake.
 pub const PARK_LOCK: i64 = LEADER_LOCK + 1;
 

@@ -5,6 +5,7 @@ use crate::auth::scope::{ColumnMask, OpSet};
 use crate::event::NewEvent;
 use crate::filter::{Column, ColumnType, Filter};
 use crate::hub::plan::TablePlan;
+use crate::protocol::message::ResyncReason;
 
 const FRAME_BYTES: usize = 1 << 20;
 

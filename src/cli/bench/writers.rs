@@ -103,10 +103,11 @@ impl Way {
     }
 
     fn sql(self) -> String {
+        // \x3a is the colon, which pgbench would take for the beginning of a variable.
         let insert = |table: &str| {
             format!(
                 "INSERT INTO tidewire_bench.{table} (table_name, operation, row_key, after_data, event_type) VALUES \
-                 ('event:{AGGREGATE}', 'EVENT', json_build_object('aggregate_id', (random() * 1000000)::int::text), {}, \
+                 (E'event\\x3a{AGGREGATE}', 'EVENT', json_build_object('aggregate_id', (random() * 1000000)::int::text), {}, \
                  'bench.written')",
                 payload(PAYLOAD_BYTES)
             )

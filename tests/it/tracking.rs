@@ -1,0 +1,338 @@
+//! Tracked tables over time: partitions, triggers that go missing, what the leader hears of it, and who may do what.
+
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgListener};
+use sqlx::{Connection as _, PgConnection, PgPool};
+
+use crate::capture::{captured, database_with, problems, refusal, run, strings};
+use crate::support::DEADLINE;
+use crate::support::postgres::database;
+
+const NOTHING: &[&str] = &[];
+
+#[tokio::test]
+async fn changes_of_partitions_are_changes_of_the_root() {
+    let database = database_with(
+        "CREATE TABLE p (id int, r text, v text, PRIMARY KEY (id, r)) PARTITION BY LIST (r);
+         CREATE TABLE p_a PARTITION OF p FOR VALUES IN ('a');
+         CREATE TABLE p_b (gone int, v text, r text NOT NULL, id int NOT NULL); ALTER TABLE p_b DROP gone;
+         ALTER TABLE p ATTACH PARTITION p_b FOR VALUES IN ('b'); SELECT tidewire.track('p');
+         INSERT INTO p VALUES (1, 'a', 'x'); INSERT INTO p_b (id, r, v) VALUES (2, 'b', 'direct'); UPDATE p SET v = 'y' WHERE id = 2;
+         UPDATE p SET v = 'y' WHERE id = 2; UPDATE p SET r = 'b' WHERE id = 1;
+         CREATE TABLE p_c PARTITION OF p FOR VALUES IN ('c'); ALTER TABLE p RENAME id TO number; INSERT INTO p VALUES (3, 'c')",
+    )
+    .await;
+    assert_eq!(strings(&database.pool, "SELECT DISTINCT table_name FROM tidewire.outbox").await, ["public.p"]);
+    assert_eq!(
+        captured(&database.pool).await,
+        [
+            r#"INSERT {"id":1,"r":"a"} - -> {"id":1,"r":"a","v":"x"}"#,
+            r#"INSERT {"id":2,"r":"b"} - -> {"v":"direct","r":"b","id":2}"#,
+            r#"UPDATE {"id":2,"r":"b"} {"v":"direct","r":"b","id":2} -> {"v":"y","r":"b","id":2}"#,
+            r#"DELETE {"id":1,"r":"a"} {"id":1,"r":"a","v":"x"} -> -"#,
+            r#"INSERT {"id":1,"r":"b"} - -> {"v":"x","r":"b","id":1}"#,
+            r#"INSERT {"number":3,"r":"c"} - -> {"number":3,"r":"c","v":null}"#,
+        ]
+    );
+}
+
+#[tokio::test]
+async fn truncating_the_root_is_one_event_and_a_leaf_is_named() {
+    let database = database_with(
+        "CREATE TABLE p (id int) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1) PARTITION BY LIST (id);
+         CREATE TABLE p11 PARTITION OF p1 FOR VALUES IN (1); CREATE TABLE p2 PARTITION OF p FOR VALUES IN (2);
+         SELECT tidewire.track('p')",
+    )
+    .await;
+    for sql in [
+        "TRUNCATE p",
+        "TRUNCATE p2",
+        "TRUNCATE p1",
+        // In one transaction: the leaf was emptied by the first already, unless something was written in between.
+        "TRUNCATE p; TRUNCATE p2; INSERT INTO p VALUES (2); TRUNCATE p2",
+        "CREATE TABLE late PARTITION OF p DEFAULT; SELECT tidewire.refresh_tracked()",
+        "TRUNCATE late",
+    ] {
+        run(&database.pool, sql).await;
+    }
+    let seen = strings(
+        &database.pool,
+        "SELECT concat_ws(' ', operation, headers ->> 'tidewire.partition') FROM tidewire.outbox ORDER BY id",
+    )
+    .await;
+    assert_eq!(
+        seen,
+        [
+            "TRUNCATE",
+            "TRUNCATE public.p2",
+            "TRUNCATE public.p11",
+            "TRUNCATE",
+            "INSERT",
+            "TRUNCATE public.p2",
+            "TRUNCATE public.late"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn bulk_capture_sees_writes_that_name_a_partition() {
+    let database = database_with(
+        "CREATE TABLE p (id int PRIMARY KEY, v int) PARTITION BY RANGE (id); CREATE TABLE p0 PARTITION OF p FOR VALUES FROM (0) TO (10);
+         SELECT tidewire.track('p', bulk => true); CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (10) TO (20);
+         SELECT tidewire.refresh_tracked();
+         INSERT INTO p VALUES (1, 1), (11, 1); INSERT INTO p0 VALUES (2, 1); INSERT INTO p1 VALUES (12, 1);
+         UPDATE p SET id = 19 WHERE id = 1; DELETE FROM p1 WHERE id = 12",
+    )
+    .await;
+    assert_eq!(
+        captured(&database.pool).await,
+        [
+            r#"INSERT {"id":1} - -> {"id":1,"v":1}"#,
+            r#"INSERT {"id":11} - -> {"id":11,"v":1}"#,
+            r#"INSERT {"id":2} - -> {"id":2,"v":1}"#,
+            r#"INSERT {"id":12} - -> {"id":12,"v":1}"#,
+            r#"UPDATE {"id":19} was {"id":1} {"id":1,"v":1} -> {"id":19,"v":1}"#,
+            r#"DELETE {"id":12} {"id":12,"v":1} -> -"#,
+        ]
+    );
+}
+
+#[tokio::test]
+async fn the_leader_is_told_of_missing_and_disabled_triggers_and_of_dropped_tables() {
+    let database = database_with(
+        "CREATE TABLE whole (id int PRIMARY KEY); CREATE TABLE holed (id int PRIMARY KEY); CREATE TABLE disabled (id int PRIMARY KEY);
+         CREATE TABLE p (id int PRIMARY KEY) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p DEFAULT;
+         CREATE TABLE dropped (id int); CREATE TABLE bare (id int);
+         SELECT tidewire.track(t::regclass) FROM unnest('{whole,holed,disabled,p,dropped,bare}'::text[]) t",
+    )
+    .await;
+    assert_eq!(problems(&database.pool).await, NOTHING);
+    run(
+        &database.pool,
+        r#"DROP TRIGGER "!tidewire" ON holed; ALTER TABLE disabled DISABLE TRIGGER "!tidewire_update";
+           ALTER TABLE p1 DISABLE TRIGGER "!tidewire"; DROP TABLE dropped; DROP TRIGGER "!tidewire" ON bare;
+           DROP TRIGGER "!tidewire_update" ON bare; DROP TRIGGER "!tidewire_truncate" ON bare"#,
+    )
+    .await;
+    assert_eq!(
+        problems(&database.pool).await,
+        [
+            "dropped public.dropped",
+            "trigger_disabled public.disabled !tidewire_update on public.disabled",
+            "trigger_disabled public.p !tidewire on public.p1",
+            "trigger_missing public.bare all",
+            "trigger_missing public.holed !tidewire on public.holed",
+        ]
+    );
+    run(&database.pool, "SELECT tidewire.track('holed'), tidewire.track('bare'), tidewire.track('disabled')").await;
+    assert_eq!(problems(&database.pool).await.len(), 2, "tracking again repairs");
+}
+
+#[tokio::test]
+async fn the_leaders_look_never_waits_for_a_users_lock() {
+    let database = database_with(
+        "CREATE TABLE p (id int PRIMARY KEY) PARTITION BY LIST (id); SELECT tidewire.track('p');
+         CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1)",
+    )
+    .await;
+    let mut user = PgConnection::connect(&database.url).await.unwrap();
+    sqlx::raw_sql("BEGIN; INSERT INTO p1 VALUES (1)").execute(&mut user).await.unwrap();
+    let problems_meanwhile = problems(&database.pool).await;
+    assert_eq!(problems_meanwhile.len(), 1, "{problems_meanwhile:?}");
+    assert!(problems_meanwhile[0].starts_with("partition_trigger_missing public.p !tidewire_truncate on public.p1"));
+    sqlx::raw_sql("COMMIT").execute(&mut user).await.unwrap();
+    assert_eq!(problems(&database.pool).await, NOTHING);
+}
+
+#[tokio::test]
+async fn tables_that_swap_names_stay_tracked_under_their_new_ones() {
+    let database = database_with(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); SELECT tidewire.track('a'), tidewire.track('b');
+         ALTER TABLE a RENAME TO c; ALTER TABLE b RENAME TO a; ALTER TABLE c RENAME TO b",
+    )
+    .await;
+    assert_eq!(problems(&database.pool).await, NOTHING);
+    let names = "SELECT table_name FROM tidewire.tracked_tables WHERE table_name <> tidewire.table_text(relid)";
+    assert_eq!(strings(&database.pool, names).await, NOTHING);
+    run(&database.pool, "DROP TABLE a; CREATE TABLE a (id int PRIMARY KEY); SELECT tidewire.track('a')").await;
+    assert_eq!(problems(&database.pool).await, NOTHING, "a table of the same name takes the place of the dropped one");
+}
+
+#[tokio::test]
+async fn a_fingerprint_changes_with_what_a_subscriber_sees_and_with_nothing_else() {
+    let database = database_with(
+        "CREATE DOMAIN email AS text; CREATE TABLE t (id int PRIMARY KEY, v email); SELECT tidewire.track('t')",
+    )
+    .await;
+    let fingerprint = async || {
+        strings(&database.pool, "SELECT tidewire.table_fingerprint((SELECT relid FROM tidewire.tracked_tables))::text")
+            .await
+    };
+    let mut before = fingerprint().await;
+    let stored = strings(&database.pool, "SELECT fingerprint::text FROM tidewire.tracked_tables").await;
+    assert_eq!(before, stored);
+    assert!(
+        before[0].contains(r#""type_name": "text""#) && before[0].contains(r#""type": "public.email""#),
+        "{before:?}"
+    );
+    for sql in [
+        "INSERT INTO t VALUES (1)",
+        "CREATE INDEX ON t (v)",
+        "ANALYZE t",
+        "VACUUM FULL t",
+        "ALTER TABLE t SET (fillfactor = 50)",
+    ] {
+        run(&database.pool, sql).await;
+    }
+    assert_eq!(fingerprint().await, before);
+    for ddl in [
+        "ALTER TABLE t ADD w int",
+        "ALTER TABLE t RENAME w TO x",
+        "ALTER TABLE t ALTER x TYPE bigint",
+        "ALTER TABLE t DROP x",
+        "ALTER TABLE t RENAME TO u",
+        "ALTER TABLE u ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE u DISABLE TRIGGER \"!tidewire\"",
+    ] {
+        run(&database.pool, ddl).await;
+        let after = fingerprint().await;
+        assert_ne!(after, before, "{ddl}");
+        before = after;
+    }
+}
+
+async fn heard(listener: &mut PgListener) -> bool {
+    // A notification of our own behind the others: what arrives before it is all there was.
+    sqlx::query("NOTIFY fence").execute(&mut *listener).await.unwrap();
+    let mut heard = false;
+    loop {
+        let notification = tokio::time::timeout(DEADLINE, listener.recv()).await.expect("the fence").unwrap();
+        match notification.channel() {
+            "fence" => return heard,
+            _ => heard = true,
+        }
+    }
+}
+
+#[tokio::test]
+async fn ddl_rings_for_tracked_tables_only_and_never_when_writers_may_not_notify() {
+    let database = database_with(
+        "CREATE TABLE tracked (id int PRIMARY KEY) PARTITION BY LIST (id); CREATE TABLE other (id int); SELECT tidewire.track('tracked')",
+    )
+    .await;
+    let mut listener = PgListener::connect_with(&database.pool).await.unwrap();
+    listener.listen_all(["tidewire_schema", "fence"]).await.unwrap();
+    for (ddl, rings) in [
+        ("ALTER TABLE other ADD v int", false),
+        ("CREATE TABLE another (id int)", false),
+        ("CREATE TEMP TABLE temporary (id int)", false),
+        ("DROP TABLE another", false),
+        ("ALTER TABLE tracked ADD v int", true),
+        ("CREATE TABLE leaf PARTITION OF tracked DEFAULT", true),
+        ("ALTER TABLE tracked DROP v", true),
+        ("ALTER TABLE tracked DISABLE TRIGGER ALL", true),
+        ("DROP TRIGGER \"!tidewire\" ON tracked", true),
+        ("SELECT tidewire.set_wake('poll'); ALTER TABLE tracked ADD v int", false),
+        ("SELECT tidewire.set_wake('notify'); DROP TABLE tracked", true),
+        ("DROP SCHEMA tidewire CASCADE", false),
+        ("CREATE TABLE afterwards (id int); DROP TABLE afterwards", false),
+    ] {
+        run(&database.pool, ddl).await;
+        assert_eq!(heard(&mut listener).await, rings, "{ddl}");
+    }
+}
+
+/// A login role of this database's own, and how to connect as it.
+async fn role(pool: &PgPool, url: &str, suffix: &str) -> (String, PgConnectOptions) {
+    let database = strings(pool, "SELECT current_database()::text").await.remove(0);
+    let role = format!("{database}_{suffix}");
+    run(pool, &format!("DROP ROLE IF EXISTS {role}; CREATE ROLE {role} LOGIN PASSWORD 'x'")).await;
+    let options = PgConnectOptions::from_str(url).unwrap().username(&role).password("x");
+    (role, options)
+}
+
+#[tokio::test]
+async fn an_application_may_publish_and_nothing_else() {
+    let database = database().await;
+    let (role, options) = role(&database.pool, &database.url, "app").await;
+    run(&database.pool, &format!("GRANT tidewire_app TO {role}; CREATE TABLE t (id int PRIMARY KEY); SELECT tidewire.track('t'); GRANT INSERT ON t TO {role}")).await;
+    let app = PgPool::connect_with(options).await.unwrap();
+    // Names on the caller's search_path must not bend what runs with the owner's rights.
+    run(
+        &app,
+        "CREATE TEMP TABLE outbox (id int); CREATE DOMAIN pg_temp.json AS int; CREATE DOMAIN pg_temp.text AS int;
+         SET search_path = pg_temp, pg_catalog, public; INSERT INTO t VALUES (1);
+         SELECT tidewire.emit('order', '1', 'paid', '{}'), tidewire.emit('order', '1', 'paid', '{}'::pg_catalog.jsonb);
+         INSERT INTO tidewire.outbox_event VALUES ('order', '2', 'paid', '{}')",
+    )
+    .await;
+    assert_eq!(captured(&database.pool).await.len(), 4);
+    for sql in [
+        "INSERT INTO tidewire.outbox (table_name, operation) VALUES ('public.t', 'INSERT')",
+        "SELECT * FROM tidewire.outbox_event",
+        "SELECT feed_key FROM tidewire.terms",
+        "SELECT * FROM tidewire.event_log",
+        "SELECT * FROM tidewire.api_keys",
+        "SELECT tidewire.track('t')",
+        "SELECT tidewire.set_wake('poll')",
+        "SELECT tidewire.sync_tracked('t'::regclass)",
+    ] {
+        let refusal = refusal(&app, sql).await;
+        assert!(refusal.contains("permission denied"), "{sql}: {refusal}");
+    }
+    app.close().await;
+    run(&database.pool, &format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
+async fn owners_track_their_own_tables_once_they_are_let() {
+    let database = database().await;
+    let (role, options) = role(&database.pool, &database.url, "owner").await;
+    run(&database.pool, &format!("CREATE SCHEMA own AUTHORIZATION {role}; CREATE TABLE foreigners (id int); SELECT tidewire.grant_tracking('{role}')")).await;
+    let owner = PgPool::connect_with(options).await.unwrap();
+    run(
+        &owner,
+        "CREATE TABLE own.t (id int PRIMARY KEY, v text) PARTITION BY LIST (id); CREATE TABLE own.t1 PARTITION OF own.t DEFAULT;
+         SELECT tidewire.track('own.t'); SELECT tidewire.track('own.t', columns => '{v}', replica => true);
+         INSERT INTO own.t VALUES (1, 'a')",
+    )
+    .await;
+    assert_eq!(captured(&database.pool).await, [r#"INSERT {"id":1} - -> {"id":1,"v":"a"}"#]);
+    assert_eq!(problems(&database.pool).await, NOTHING);
+    let refusal = refusal(&owner, "SELECT tidewire.track('foreigners')").await;
+    assert!(refusal.contains("may not track table public.foreigners. Only its owner"), "{refusal}");
+    run(&owner, "SELECT tidewire.untrack('own.t'); DELETE FROM own.t").await;
+    assert_eq!(captured(&database.pool).await, NOTHING);
+    owner.close().await;
+    run(&database.pool, &format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
+async fn keys_and_their_versions_are_announced_but_not_their_use() {
+    let database = database().await;
+    let mut listener = PgListener::connect_with(&database.pool).await.unwrap();
+    listener.listen_all(["tidewire_keys", "fence"]).await.unwrap();
+    let mut last = 0;
+    for (sql, rings) in [
+        ("INSERT INTO tidewire.api_keys (key_id, name, key_hash, scopes) VALUES ('k', 'n', '', '{}')", true),
+        ("UPDATE tidewire.api_keys SET last_used_at = now()", false),
+        ("UPDATE tidewire.api_keys SET is_active = true", false),
+        ("UPDATE tidewire.api_keys SET is_active = false, last_used_at = now()", true),
+        (
+            "DELETE FROM tidewire.api_keys; INSERT INTO tidewire.api_keys (key_id, name, key_hash, scopes) VALUES ('k', 'n', '', '{}')",
+            true,
+        ),
+    ] {
+        run(&database.pool, sql).await;
+        assert_eq!(heard(&mut listener).await, rings, "{sql}");
+        let version: i64 =
+            sqlx::query_scalar("SELECT version FROM tidewire.api_keys").fetch_one(&database.pool).await.unwrap();
+        assert_eq!(version > last, rings, "{sql}");
+        last = version;
+    }
+    run(&database.pool, "DELETE FROM tidewire.api_keys").await;
+    let notification = tokio::time::timeout(Duration::from_secs(30), listener.recv()).await.unwrap().unwrap();
+    assert_eq!((notification.channel(), notification.payload()), ("tidewire_keys", "k"));
+}
