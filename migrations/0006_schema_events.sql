@@ -21,11 +21,7 @@ BEGIN
 END $$;
 REVOKE ALL ON FUNCTION tidewire.tracked_changed() FROM PUBLIC;
 
--- For each row that really changes: the leader's look runs INSERT … ON CONFLICT over every row, and must not wake itself. Not
--- of `fingerprint`, which is the leader's own note.
-DROP TRIGGER changed ON tidewire.tracked_tables;
-CREATE TRIGGER changed_all AFTER TRUNCATE ON tidewire.tracked_tables
-    FOR EACH STATEMENT EXECUTE FUNCTION tidewire.tracked_tables_changed();
+-- Not of `fingerprint`: that is the leader's own note.
 CREATE TRIGGER changed AFTER INSERT OR DELETE
     OR UPDATE OF table_name, key_columns, columns, except_columns, before_image, notify, bulk, deferred, replica
     ON tidewire.tracked_tables FOR EACH ROW EXECUTE FUNCTION tidewire.tracked_changed();
