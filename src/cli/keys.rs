@@ -97,6 +97,7 @@ struct Create {
 ///
 /// # Errors
 /// Scopes that cannot be, an unknown key, Postgres away, a closed standard output.
+#[expect(clippy::disallowed_methods, reason = "the edge: ages are shown by the clock on the wall")]
 pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
     let mut out = Vec::new();
     match args.command {
@@ -114,6 +115,7 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
     Ok(())
 }
 
+#[expect(clippy::disallowed_methods, reason = "the edge: a life in days begins now")]
 async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write) -> anyhow::Result<()> {
     let scopes = create.scopes()?;
     let expires_at = create.expires_in.map(|life| Utc::now() + life.0);

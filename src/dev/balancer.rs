@@ -204,6 +204,7 @@ fn status(start: &[u8; STATUS_BYTES]) -> Option<u16> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 mod tests {
     use super::*;
 

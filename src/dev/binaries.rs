@@ -100,6 +100,7 @@ impl Binaries {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "`dev` looks for programs where a shell would")]
 fn installed(account: Account) -> Option<Binaries> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
@@ -233,6 +234,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// Per user; root's is one that the account of the server can reach, which its home is not.
+#[expect(clippy::disallowed_methods, reason = "`dev` keeps what it fetched where programs keep such things")]
 fn cache_folder() -> Option<PathBuf> {
     if Uid::effective().is_root() {
         return Some(PathBuf::from("/var/cache/tidewire/postgres"));

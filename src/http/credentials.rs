@@ -25,6 +25,7 @@ pub fn query(raw: Option<&str>) -> Query {
 ///
 /// # Errors
 /// A [`Problem`] for whatever is not good.
+#[expect(clippy::disallowed_methods, reason = "the edge: keys expire by the clock on the wall")]
 pub async fn access(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Option<Access>, Problem> {
     let unauthenticated = |what: &str| Problem::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthenticated, what);
     if query.iter().any(|(name, _)| REFUSED_PARAMETERS.contains(&name.as_str())) {

@@ -192,9 +192,9 @@ fn event_text(emit: Emit) -> (String, bool) {
 
 fn event(name: &str, id: Option<&str>, data: &str) -> String {
     let mut out = String::with_capacity(data.len() + 96);
-    let _ = write!(out, "event: {name}\n");
+    let _ = writeln!(out, "event: {name}");
     if let Some(id) = id {
-        let _ = write!(out, "id: {id}\n");
+        let _ = writeln!(out, "id: {id}");
     }
     // One line: line breaks in JSON text stand between tokens only.
     out.push_str("data: ");

@@ -46,33 +46,60 @@ pub struct Outcome {
 /// Why the database is not at this program's version. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
+    /// Postgres before 14.
     #[error("Postgres {found} is too old: Tidewire needs version 14 or later; upgrade the server")]
-    ServerTooOld { found: String },
+    ServerTooOld {
+        /// Its `server_version`.
+        found: String,
+    },
+    /// A server in recovery cannot be written to.
     #[error("this server is a standby (in recovery): point database_url at the primary")]
     Standby,
+    /// A newer program has migrated the database.
     #[error(
         "the database is newer than this program: its schema is at version {found}, the program knows {known}; \
          upgrade the program (a newer node or `tidewire migrate` has already migrated it)"
     )]
-    DatabaseNewer { found: i64, known: i64 },
+    DatabaseNewer {
+        /// The database's version.
+        found: i64,
+        /// The newest version that this program knows.
+        known: i64,
+    },
+    /// The text of a migration that has run differs from ours.
     #[error(
         "migration {version} of the database is not the one this program was built with; was it built from another branch?"
     )]
-    Changed { version: i64 },
+    Changed {
+        /// Its number.
+        version: i64,
+    },
+    /// The role lacks a privilege; `grant` is the statement that gives it.
     #[error("role {role} may not {what}. A superuser or the owner can run: {grant}")]
-    MissingPrivilege { role: String, what: &'static str, grant: String },
+    MissingPrivilege {
+        /// The role that connected, quoted as in SQL.
+        role: String,
+        /// What it may not do.
+        what: &'static str,
+        /// The statement for a superuser or the owner.
+        grant: String,
+    },
+    /// The migration lock was not free within [`LOCK_WAIT`].
     #[error(
         "another node has been migrating this database for {} s; see pg_stat_activity for what it waits for",
         LOCK_WAIT.as_secs()
     )]
     Busy,
+    /// A migration's `lock_timeout` ran out.
     #[error(
         "a migration waited 10 s for a table that another transaction uses; end that transaction \
          (pg_stat_activity, pg_locks) and try again"
     )]
     TableInUse,
+    /// A migration failed; it was rolled back.
     #[error("migrating the database: {0}")]
     Migrate(#[source] sqlx::migrate::MigrateError),
+    /// The database could not be asked.
     #[error("migrating the database: {0}")]
     Database(#[from] sqlx::Error),
 }

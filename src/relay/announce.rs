@@ -89,7 +89,7 @@ impl Announcer {
             self.newest = last.seq;
             let chunks = match self.queue_permille {
                 ..RANGES_ONLY_PERMILLE => self.sealer.events(events)?,
-                ..SILENT_PERMILLE => vec![self.sealer.range(first.seq, last.seq)?],
+                RANGES_ONLY_PERMILLE..SILENT_PERMILLE => vec![self.sealer.range(first.seq, last.seq)?],
                 _ => continue,
             };
             channels.extend(chunks.iter().map(|_| FEED_CHANNEL.to_owned()));

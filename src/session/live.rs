@@ -300,6 +300,7 @@ impl Session {
         None
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the edge: keys expire by the clock on the wall")]
     fn authenticate(&mut self, auth: Auth) {
         let context = Arc::clone(&self.context);
         let renewal = self.access.is_some();

@@ -1,5 +1,11 @@
 //! Integration tests: real Postgres, real nodes; a module for each promise.
 
+#![expect(clippy::unwrap_used, reason = "in a test, what cannot be had is a failure")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a test's tasks end with its runtime, and tests are told where Postgres is"
+)]
+
 mod auth;
 mod capture;
 mod emit;

@@ -167,10 +167,10 @@ fn ground_rooms_stand_on_ground() {
         for (at, _) in code.match_indices("crate::") {
             let name = &code[at + "crate::".len()..];
             let end = name.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').unwrap_or(name.len());
-            let allowed = |module: &&str| {
-                name[..end].strip_prefix(**module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+            let allowed = |module: &str| {
+                name[..end].strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
             };
-            if !GROUND_MODULES.iter().any(|module| allowed(&module)) {
+            if !GROUND_MODULES.iter().any(|module| allowed(module)) {
                 violations.push(format!("{path} names crate::{}", &name[..end]));
             }
         }
@@ -337,7 +337,7 @@ fn anchor(heading: &str) -> String {
 
 fn anchors(path: &str) -> Vec<String> {
     let text = prose(&read(path));
-    text.lines().filter_map(|line| line.starts_with('#').then(|| anchor(line.trim_start_matches('#')))).collect()
+    text.lines().filter(|line| line.starts_with('#')).map(|line| anchor(line.trim_start_matches('#'))).collect()
 }
 
 #[test]

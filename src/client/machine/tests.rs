@@ -1,3 +1,5 @@
+//! The machine, by script and by chance.
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 
