@@ -46,60 +46,60 @@ pub struct Outcome {
 /// Why the database is not at this program's version. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
-    /// Older than what is supported.
+    /// Postgres before 14.
     #[error("Postgres {found} is too old: Tidewire needs version 14 or later; upgrade the server")]
     ServerTooOld {
-        /// The server's version.
+        /// Its `server_version`.
         found: String,
     },
-    /// A standby cannot be written.
+    /// A server in recovery cannot be written to.
     #[error("this server is a standby (in recovery): point database_url at the primary")]
     Standby,
-    /// Migrated by a program newer than this.
+    /// A newer program has migrated the database.
     #[error(
         "the database is newer than this program: its schema is at version {found}, the program knows {known}; \
          upgrade the program (a newer node or `tidewire migrate` has already migrated it)"
     )]
     DatabaseNewer {
-        /// The schema's version.
+        /// The database's version.
         found: i64,
-        /// The newest that this program knows.
+        /// The newest version that this program knows.
         known: i64,
     },
-    /// The database has run another text under this number.
+    /// The text of a migration that has run differs from ours.
     #[error(
         "migration {version} of the database is not the one this program was built with; was it built from another branch?"
     )]
     Changed {
-        /// The migration.
+        /// Its number.
         version: i64,
     },
-    /// The role may not do what a migration needs.
+    /// The role lacks a privilege; `grant` is the statement that gives it.
     #[error("role {role} may not {what}. A superuser or the owner can run: {grant}")]
     MissingPrivilege {
-        /// The role that migrates.
+        /// The role that connected, quoted as in SQL.
         role: String,
         /// What it may not do.
         what: &'static str,
-        /// What a superuser or the owner can run.
+        /// The statement for a superuser or the owner.
         grant: String,
     },
-    /// Another node migrates, for very long.
+    /// The migration lock was not free within [`LOCK_WAIT`].
     #[error(
         "another node has been migrating this database for {} s; see pg_stat_activity for what it waits for",
         LOCK_WAIT.as_secs()
     )]
     Busy,
-    /// A lock was not to be had.
+    /// A migration's `lock_timeout` ran out.
     #[error(
         "a migration waited 10 s for a table that another transaction uses; end that transaction \
          (pg_stat_activity, pg_locks) and try again"
     )]
     TableInUse,
-    /// sqlx refused.
+    /// A migration failed; it was rolled back.
     #[error("migrating the database: {0}")]
     Migrate(#[source] sqlx::migrate::MigrateError),
-    /// Postgres refused, or the connection died.
+    /// The database could not be asked.
     #[error("migrating the database: {0}")]
     Database(#[from] sqlx::Error),
 }
