@@ -30,7 +30,9 @@ const GROUND: &[&str] = &[
     "src/hub/plan.rs",
     "src/hub/ring.rs",
     "src/hub/routes.rs",
+    "src/hub/shape.rs",
     "src/protocol/",
+    "src/schema/diff.rs",
     "src/session/machine.rs",
     "src/table_name.rs",
 ];
@@ -49,7 +51,9 @@ const GROUND_MODULES: &[&str] = &[
     "hub::plan",
     "hub::ring",
     "hub::routes",
+    "hub::shape",
     "protocol",
+    "schema::diff",
     "session::machine",
     "table_name",
 ];
