@@ -168,7 +168,7 @@ fn ground_rooms_stand_on_ground() {
             let name = &code[at + "crate::".len()..];
             let end = name.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').unwrap_or(name.len());
             let allowed = |module: &&str| {
-                name[..end].strip_prefix(**module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+                name[..end].strip_prefix(*module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
             };
             if !GROUND_MODULES.iter().any(|module| allowed(&module)) {
                 violations.push(format!("{path} names crate::{}", &name[..end]));
