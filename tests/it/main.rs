@@ -8,6 +8,7 @@
 
 mod auth;
 mod capture;
+mod deliver;
 mod emit;
 mod filter;
 mod migrations;
