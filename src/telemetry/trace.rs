@@ -39,6 +39,9 @@ fn parent_of(event: &Event) -> Option<SpanContext> {
 fn parse(text: &str) -> Option<SpanContext> {
     let mut parts = text.split('-');
     let (_, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    if (trace.len(), span.len(), flags.len()) != (32, 16, 2) {
+        return None;
+    }
     let trace = TraceId::from_hex(trace).ok()?;
     let span = SpanId::from_hex(span).ok()?;
     let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?);
