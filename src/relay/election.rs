@@ -132,6 +132,7 @@ async fn lead(
         announce: sender,
         may_park,
         position: Position::beginning(),
+        term: term.term,
         newest: term.newest,
         partition_end: 0,
         pace: Pace::new(Instant::now()),

@@ -8,6 +8,7 @@
 
 mod auth;
 mod capture;
+mod deliver;
 mod doctor;
 mod emit;
 mod filter;
