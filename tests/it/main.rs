@@ -9,6 +9,7 @@
 mod auth;
 mod capture;
 mod deliver;
+mod doctor;
 mod emit;
 mod filter;
 mod migrations;
