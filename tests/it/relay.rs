@@ -116,6 +116,27 @@ async fn large_interleaved_transactions_wait_beyond_the_window_and_come_in_order
 }
 
 #[tokio::test]
+async fn a_transaction_that_is_left_out_again_and_again_is_taken_once_at_its_end() {
+    let database = database().await;
+    let mut term = Term::begin(&database.url, 10).await.unwrap();
+    let (mut large, mut small) = (Writer::connect(&database.url).await, Writer::connect(&database.url).await);
+    large.run("BEGIN").await;
+    for _ in 0..4 {
+        large.run(&rows("l", 2)).await;
+        for _ in 0..8 {
+            small.emit("s").await;
+        }
+    }
+    large.run("COMMIT").await;
+    for _ in 0..20 {
+        // What is looked at in two ways at once must not count as a foreign lock.
+        assert!(!term.step().await.unwrap().torn);
+    }
+    assert_eq!(term.newest, 40);
+    assert_eq!(faults(&database.pool).await, [""; 0]);
+}
+
+#[tokio::test]
 async fn whoever_commits_first_on_a_row_comes_first_whatever_the_ids() {
     let database = database().await;
     run(
