@@ -324,7 +324,7 @@ async fn prepare(context: &Context, config: &Config) -> anyhow::Result<()> {
         Wake::Notify => "notify",
         Wake::Poll => "poll",
     };
-    crate::postgres::settings::wake(context.database.pool(), mode).await?;
+    crate::postgres::settings::wake(&context.database.pool(), mode).await?;
     Ok(())
 }
 
