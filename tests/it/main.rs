@@ -8,6 +8,8 @@
 
 mod auth;
 mod capture;
+mod deliver;
+mod doctor;
 mod emit;
 mod filter;
 mod migrations;
