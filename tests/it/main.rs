@@ -15,6 +15,7 @@ mod filter;
 mod migrations;
 mod private_server;
 mod schema;
+mod shape;
 mod support;
 mod tidy;
 mod tracking;
