@@ -14,6 +14,7 @@ mod emit;
 mod filter;
 mod migrations;
 mod private_server;
+mod relay;
 mod schema;
 mod shape;
 mod support;
