@@ -325,6 +325,8 @@ async fn prepare(context: &Context, config: &Config) -> anyhow::Result<()> {
         Wake::Poll => "poll",
     };
     crate::postgres::settings::wake(&context.database.pool(), mode).await?;
+    // Before the first subscription: what a glob shows of a table rests on what is known of it.
+    context.registry.refresh().await?;
     Ok(())
 }
 

@@ -16,6 +16,7 @@ mod migrations;
 mod private_server;
 mod relay;
 mod schema;
+mod shape;
 mod support;
 mod tidy;
 mod tracking;
