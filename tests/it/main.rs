@@ -15,6 +15,7 @@ mod filter;
 mod migrations;
 mod private_server;
 mod relay;
+mod resume;
 mod schema;
 mod shape;
 mod support;
