@@ -319,6 +319,10 @@ impl Position {
         self.newest_xid = newest.unwrap_or(LAST_XID).to_owned();
         self.unseen = running.unwrap_or("").split(',').filter(|xid| !xid.is_empty()).map(str::to_owned).collect();
         self.unseen.extend(meta.left_out.iter().chain(&meta.skipped).cloned());
+        // A skipped transaction with rows in the window was left out as well. Named twice, its rows would be picked twice and
+        // locked once, which looks like a foreign lock that never goes.
+        self.unseen.sort_unstable();
+        self.unseen.dedup();
     }
 }
 
