@@ -113,8 +113,8 @@ BEGIN
         name := tidewire.table_text(relation);
     END IF;
 
-    IF TG_ARGV[3] <> '{}' THEN
-        keep := strpos(TG_ARGV[0], 'i') > 0;
+    keep := CASE WHEN strpos(TG_ARGV[0], 'i') > 0 THEN true WHEN strpos(TG_ARGV[0], 'x') > 0 THEN false END;
+    IF keep IS NOT NULL THEN
         listed := TG_ARGV[3];
         short_old := OLD;
         short_new := NEW;
@@ -219,8 +219,8 @@ BEGIN
     IF current_setting('tidewire.traceparent', true) <> '' OR current_setting('tidewire.headers', true) <> '' THEN
         context := tidewire.context_headers(NULL);
     END IF;
-    IF TG_ARGV[3] <> '{}' THEN
-        keep := strpos(TG_ARGV[0], 'i') > 0;
+    keep := CASE WHEN strpos(TG_ARGV[0], 'i') > 0 THEN true WHEN strpos(TG_ARGV[0], 'x') > 0 THEN false END;
+    IF keep IS NOT NULL THEN
         listed := tidewire.column_names(relation, options, CASE WHEN keep THEN 'columns' ELSE 'except_columns' END);
         IF tidewire.still_named(relation, TG_ARGV[2]::int2[], TG_ARGV[3]::text[]) THEN
             nulls := TG_ARGV[4];

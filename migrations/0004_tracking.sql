@@ -18,7 +18,10 @@ DECLARE
     unknown  text;
     resolved jsonb;
 BEGIN
-    SELECT min(n) FILTER (WHERE attnum IS NULL), jsonb_agg(jsonb_build_object('name', n, 'attnum', attnum) ORDER BY position)
+    IF names IS NULL THEN
+        RETURN NULL;
+    END IF;
+    SELECT min(n) FILTER (WHERE attnum IS NULL), coalesce(jsonb_agg(jsonb_build_object('name', n, 'attnum', attnum) ORDER BY position), '[]')
     INTO unknown, resolved
     FROM unnest(names) WITH ORDINALITY AS t (n, position)
     LEFT JOIN pg_attribute ON attrelid = relation AND attname = n AND attnum > 0 AND NOT attisdropped;
@@ -31,18 +34,23 @@ BEGIN
     RETURN resolved;
 END $$;
 
-CREATE FUNCTION tidewire.primary_key(relation oid) RETURNS jsonb LANGUAGE sql STABLE
+CREATE FUNCTION tidewire.primary_key(relation oid) RETURNS jsonb LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_agg(jsonb_build_object('name', attname, 'attnum', attnum) ORDER BY position)
-    FROM pg_constraint, unnest(conkey) WITH ORDINALITY AS t (k, position)
-    JOIN pg_attribute ON attnum = k
-    WHERE conrelid = relation AND contype = 'p' AND attrelid = conrelid
-$$;
+BEGIN
+    RETURN (
+        SELECT jsonb_agg(jsonb_build_object('name', attname, 'attnum', attnum) ORDER BY position)
+        FROM pg_constraint, unnest(conkey) WITH ORDINALITY AS t (k, position)
+        JOIN pg_attribute ON attnum = k
+        WHERE conrelid = relation AND contype = 'p' AND attrelid = conrelid);
+END $$;
 
 -- Every trigger that tracking with these options means, on the table itself and on its partitions.
 CREATE FUNCTION tidewire.trigger_plan(relation oid, options jsonb, OUT target oid, OUT name text, OUT function oid,
-    OUT arguments text[], OUT definition text) RETURNS SETOF record LANGUAGE sql STABLE
+    OUT arguments text[], OUT definition text) RETURNS SETOF record LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     WITH given AS (
         SELECT ARRAY[CASE WHEN relkind = 'p' THEN 'p' ELSE '' END
                      || CASE WHEN (options ->> 'before_image')::boolean THEN 'b' ELSE '' END
@@ -69,7 +77,7 @@ CREATE FUNCTION tidewire.trigger_plan(relation oid, options jsonb, OUT target oi
         FROM pg_partition_tree(relation) JOIN pg_class c ON c.oid = relid
         WHERE relid <> relation AND relkind IN ('r', 'p')),
     wanted (target, name, function, timing, level) AS (
-        SELECT target, v.name, 'tidewire.capture()'::regprocedure, v.timing, v.level
+        SELECT target, v.name::text, 'tidewire.capture()'::regprocedure, v.timing, v.level
         FROM given, family, (VALUES
             ('!tidewire', 'AFTER INSERT OR DELETE', 'FOR EACH ROW'),
             ('!tidewire_update', 'AFTER UPDATE', 'FOR EACH ROW'
@@ -86,42 +94,68 @@ CREATE FUNCTION tidewire.trigger_plan(relation oid, options jsonb, OUT target oi
         UNION ALL
         SELECT target, '!tidewire_truncate', 'tidewire.capture_truncate()'::regprocedure, 'AFTER TRUNCATE', 'FOR EACH STATEMENT'
         FROM family WHERE root OR leaf)
-    SELECT target, name, function, arguments,
+    SELECT target, name, function::oid, arguments,
            format('CREATE %sTRIGGER %I %s ON %s %s%s EXECUTE FUNCTION %s(%s)',
                CASE WHEN deferred AND function = 'tidewire.capture()'::regprocedure THEN 'CONSTRAINT ' END, name, timing,
                target::regclass, CASE WHEN deferred AND function = 'tidewire.capture()'::regprocedure THEN 'DEFERRABLE INITIALLY DEFERRED ' END,
                level, function::regproc, (SELECT string_agg(quote_literal(a), ', ' ORDER BY n) FROM unnest(arguments) WITH ORDINALITY AS t (a, n)))
-    FROM wanted, given
-$$;
+    FROM wanted, given;
+END $$;
 
 -- The planned triggers that are not there as planned.
 CREATE FUNCTION tidewire.trigger_faults(relation oid, options jsonb, OUT target oid, OUT name text, OUT definition text,
-    OUT fault text) RETURNS SETOF record LANGUAGE sql STABLE
+    OUT fault text) RETURNS SETOF record LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
-    SELECT p.target, p.name, p.definition,
-           CASE WHEN t.oid IS NULL THEN 'missing'
-                WHEN tgfoid <> function OR tgdeferrable <> (definition LIKE 'CREATE CONSTRAINT%')
-                    OR tgargs <> (SELECT string_agg(convert_to(a, getdatabaseencoding()) || '\x00'::bytea, '' ORDER BY n)
-                                  FROM unnest(arguments) WITH ORDINALITY AS u (a, n)) THEN 'different'
-                ELSE 'disabled' END
-    FROM tidewire.trigger_plan(relation, options) p
-    LEFT JOIN pg_trigger t ON tgrelid = p.target AND tgname = p.name
-    WHERE t.oid IS NULL OR tgfoid <> function OR tgdeferrable <> (definition LIKE 'CREATE CONSTRAINT%')
-        OR tgargs <> (SELECT string_agg(convert_to(a, getdatabaseencoding()) || '\x00'::bytea, '' ORDER BY n)
-                      FROM unnest(arguments) WITH ORDINALITY AS u (a, n))
-        OR tgenabled <> CASE WHEN (options ->> 'replica')::boolean THEN 'A' ELSE 'O' END
-$$;
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT target, name, definition, fault
+    FROM (
+        SELECT p.target, p.name, p.definition,
+               CASE WHEN t.oid IS NULL THEN 'missing'
+                    WHEN tgfoid <> function OR tgdeferrable <> (definition LIKE 'CREATE CONSTRAINT%')
+                        OR tgargs <> (SELECT string_agg(convert_to(a, getdatabaseencoding()) || '\x00'::bytea, '' ORDER BY n)
+                                      FROM unnest(arguments) WITH ORDINALITY AS u (a, n)) THEN 'different'
+                    WHEN tgenabled <> CASE WHEN (options ->> 'replica')::boolean THEN 'A' ELSE 'O' END THEN 'disabled' END AS fault
+        FROM tidewire.trigger_plan(relation, options) p
+        LEFT JOIN pg_trigger t ON tgrelid = p.target AND tgname = p.name) AS judged
+    WHERE fault IS NOT NULL;
+END $$;
 
 -- The options that the triggers of a table carry; null if it is not tracked.
-CREATE FUNCTION tidewire.tracked_options(relation oid) RETURNS jsonb LANGUAGE sql STABLE
+CREATE FUNCTION tidewire.tracked_options(relation oid) RETURNS jsonb LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp AS $$
-    SELECT tidewire.options_of(split_part(encode(tgargs, 'escape'), '\000', 2))
-    FROM pg_trigger
-    WHERE tgrelid = relation AND tgparentid = 0 AND tgname LIKE '!tidewire%'
-        AND tgfoid IN ('tidewire.capture()'::regprocedure, 'tidewire.capture_bulk()'::regprocedure,
-                       'tidewire.capture_truncate()'::regprocedure)
-    ORDER BY tgname LIMIT 1
-$$;
+BEGIN
+    RETURN (
+        SELECT tidewire.options_of(split_part(encode(tgargs, 'escape'), '\000', 2))
+        FROM pg_trigger
+        WHERE tgrelid = relation AND tgparentid = 0 AND tgname LIKE '!tidewire%'
+            AND tgfoid IN ('tidewire.capture()'::regprocedure, 'tidewire.capture_bulk()'::regprocedure,
+                           'tidewire.capture_truncate()'::regprocedure)
+        ORDER BY tgname LIMIT 1);
+END $$;
+
+-- The same options with today's names and numbers: of columns that were renamed, of the primary key if that is the key, of a
+-- table that was restored from a dump. Columns that are gone are left out.
+CREATE FUNCTION tidewire.current_options(relation oid, options jsonb) RETURNS jsonb LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    list     text;
+    resolved jsonb;
+BEGIN
+    FOREACH list IN ARRAY '{key,columns,except_columns}'::text[] LOOP
+        CONTINUE WHEN NOT options ? list;
+        SELECT coalesce(jsonb_agg(jsonb_build_object('name', attname, 'attnum', attnum) ORDER BY position), '[]') INTO resolved
+        FROM unnest(tidewire.column_names(relation, options, list)) WITH ORDINALITY AS t (name, position)
+        JOIN pg_attribute ON attrelid = relation AND attname = name AND attnum > 0 AND NOT attisdropped;
+        -- Nothing left out is no list; nothing left in is a list of nothing.
+        options := CASE WHEN resolved = '[]' AND list <> 'columns' THEN options - list ELSE options || jsonb_build_object(list, resolved) END;
+    END LOOP;
+    IF (options -> 'primary')::boolean THEN
+        options := jsonb_strip_nulls(options || jsonb_build_object('key', tidewire.primary_key(relation)));
+    END IF;
+    RETURN options || jsonb_build_object('relid', relation::bigint);
+END $$;
 
 -- How a table (or view) looks to a subscriber: compared by the leader to see what changed. Null if there is none.
 CREATE FUNCTION tidewire.table_fingerprint(relation oid) RETURNS jsonb LANGUAGE sql STABLE
@@ -159,7 +193,10 @@ COMMENT ON FUNCTION tidewire.table_fingerprint(oid) IS 'Name, columns, key, capt
 CREATE FUNCTION tidewire.sync_tracked(relation oid) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    o jsonb := tidewire.tracked_options(relation);
+    o        jsonb := tidewire.tracked_options(relation);
+    known    tidewire.tracked_tables;
+    seen     tidewire.tracked_tables;
+    is_known boolean;
 BEGIN
     IF o IS NULL THEN
         DELETE FROM tidewire.tracked_tables t WHERE relid = relation;
@@ -169,19 +206,30 @@ BEGIN
     DELETE FROM tidewire.tracked_tables t
     WHERE t.table_name = tidewire.table_text(relation) AND t.relid <> relation AND NOT EXISTS (SELECT FROM pg_class WHERE oid = t.relid);
     SET CONSTRAINTS tidewire.tracked_tables_table_name_key DEFERRED;
-    INSERT INTO tidewire.tracked_tables AS t (relid, table_name, key_columns, columns, except_columns, before_image, notify, bulk,
-        deferred, replica, fingerprint)
-    VALUES (relation, tidewire.table_text(relation), tidewire.column_names(relation, o, 'key'),
-        tidewire.column_names(relation, o, 'columns'), tidewire.column_names(relation, o, 'except_columns'),
-        (o ->> 'before_image')::boolean, (o ->> 'notify')::boolean, (o ->> 'bulk')::boolean, (o ->> 'deferred')::boolean,
-        (o ->> 'replica')::boolean, tidewire.table_fingerprint(relation))
-    ON CONFLICT (relid) DO UPDATE
-    SET table_name = excluded.table_name, key_columns = excluded.key_columns, columns = excluded.columns,
-        except_columns = excluded.except_columns, before_image = excluded.before_image, notify = excluded.notify,
-        bulk = excluded.bulk, deferred = excluded.deferred, replica = excluded.replica
-    WHERE (t.table_name, t.key_columns, t.columns, t.except_columns, t.before_image, t.notify, t.bulk, t.deferred, t.replica)
-        IS DISTINCT FROM (excluded.table_name, excluded.key_columns, excluded.columns, excluded.except_columns,
-            excluded.before_image, excluded.notify, excluded.bulk, excluded.deferred, excluded.replica);
+    SELECT * INTO known FROM tidewire.tracked_tables t WHERE t.relid = relation;
+    is_known := FOUND;
+    seen := known;
+    seen.relid := relation;
+    seen.table_name := tidewire.table_text(relation);
+    seen.key_columns := tidewire.column_names(relation, o, 'key');
+    seen.columns := tidewire.column_names(relation, o, 'columns');
+    seen.except_columns := tidewire.column_names(relation, o, 'except_columns');
+    seen.before_image := o -> 'before_image';
+    seen.notify := o -> 'notify';
+    seen.bulk := o -> 'bulk';
+    seen.deferred := o -> 'deferred';
+    seen.replica := o -> 'replica';
+    IF NOT is_known THEN
+        seen.fingerprint := tidewire.table_fingerprint(relation);
+        seen.tracked_at := now();
+        INSERT INTO tidewire.tracked_tables SELECT seen.* ON CONFLICT (relid) DO NOTHING;
+    ELSIF seen IS DISTINCT FROM known THEN
+        UPDATE tidewire.tracked_tables t
+        SET table_name = seen.table_name, key_columns = seen.key_columns, columns = seen.columns,
+            except_columns = seen.except_columns, before_image = seen.before_image, notify = seen.notify, bulk = seen.bulk,
+            deferred = seen.deferred, replica = seen.replica
+        WHERE t.relid = relation;
+    END IF;
 END $$;
 
 -- Puts the planned triggers on a table and its partitions and takes all other capture triggers away. With the caller's rights.
@@ -286,7 +334,7 @@ BEGIN
     END IF;
 
     keys := CASE WHEN key IS NULL THEN tidewire.primary_key(relation) ELSE tidewire.resolve_columns(relation, nullif(key, '{}')) END;
-    excepted := tidewire.resolve_columns(relation, except_columns);
+    excepted := tidewire.resolve_columns(relation, nullif(except_columns, '{}'));
     IF EXISTS (SELECT FROM jsonb_array_elements(excepted) e JOIN jsonb_array_elements(keys) k ON e = k) THEN
         RAISE invalid_parameter_value USING
             MESSAGE = 'a key column cannot be left out', HINT = 'Every event carries its row''s key.';
@@ -328,24 +376,22 @@ COMMENT ON FUNCTION tidewire.untrack(regclass) IS 'Stops capturing a table.';
 -- meanwhile, and it may have been meant. Called by the leader every few seconds; waits for no lock longer than a moment.
 CREATE FUNCTION tidewire.refresh_tracked(OUT relid oid, OUT table_name text, OUT problem text, OUT detail text)
     RETURNS SETOF record LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' AS $$
+    SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
     r record;
     f record;
 BEGIN
+    -- Tables that bear our triggers and are not known: restored from a dump, where everything has another OID.
+    PERFORM tidewire.sync_tracked(tgrelid)
+    FROM pg_trigger
+    WHERE tgname = '!tidewire_truncate' AND tgfoid = 'tidewire.capture_truncate()'::regprocedure
+        AND NOT (SELECT relispartition FROM pg_class WHERE oid = tgrelid)
+        AND tgrelid NOT IN (SELECT t.relid FROM tidewire.tracked_tables t);
     FOR r IN
         SELECT t.relid AS relation, t.table_name AS known_as, c.oid AS present, c.relispartition AS attached, o.options,
-               CASE WHEN o.options IS NULL THEN NULL WHEN (o.options -> 'primary')::boolean
-                   THEN jsonb_strip_nulls(o.options || jsonb_build_object('relid', c.oid::bigint, 'key', tidewire.primary_key(c.oid)))
-                   ELSE o.options END AS wanted
-        FROM (SELECT t.relid, t.table_name FROM tidewire.tracked_tables t
-              UNION ALL
-              SELECT tgrelid, tidewire.table_text(tgrelid)
-              FROM pg_trigger
-              WHERE tgname = '!tidewire_truncate' AND tgfoid = 'tidewire.capture_truncate()'::regprocedure
-                  AND NOT (SELECT relispartition FROM pg_class WHERE oid = tgrelid)
-                  AND tgrelid NOT IN (SELECT t.relid FROM tidewire.tracked_tables t)) AS t
+               CASE WHEN o.options IS NOT NULL THEN tidewire.current_options(c.oid, o.options) END AS wanted
+        FROM tidewire.tracked_tables t
         LEFT JOIN pg_class c ON c.oid = t.relid
         LEFT JOIN LATERAL (SELECT tidewire.tracked_options(c.oid) AS options) AS o ON true
     LOOP

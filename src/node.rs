@@ -255,6 +255,7 @@ fn relay_options(config: &Config) -> RelayOptions {
             _ => Config::millis(settings.park_after_ms),
         },
         retention: Duration::from_secs(settings.retention_s.unwrap_or_default()),
+        trace: settings.otlp_endpoint.is_some(),
     }
 }
 

@@ -27,6 +27,7 @@ use crate::log::retention;
 use crate::postgres::Database;
 use crate::postgres::listen::Wakeups;
 use crate::telemetry::metrics::{Metrics, gauge};
+use crate::telemetry::trace;
 use crate::telemetry::tracing::with_warnings;
 
 /// Session advisory lock of the leader. Drawn once; the migrations have it and [`PARK_LOCK`] too.
@@ -73,6 +74,8 @@ pub struct RelayOptions {
     pub park_after: Duration,
     /// How long the log is kept.
     pub retention: Duration,
+    /// Whether relayed events become spans of their writers' traces.
+    pub trace: bool,
 }
 
 /// What the relay needs from its node.
@@ -123,6 +126,7 @@ struct Leader<'a> {
     /// Whether the notification queue has room enough for writers' wake-ups.
     may_park: watch::Receiver<bool>,
     position: Position,
+    term: u64,
     newest: u64,
     partition_end: u64,
     pace: upkeep::Pace,
@@ -223,6 +227,9 @@ impl Leader<'_> {
         metrics.events_relayed_total.inc_by(claim.events.len() as u64);
         metrics.event_lag_ms.observe(claim.lag_ms);
         self.newest = last.seq;
+        if self.relay.options.trace {
+            trace::relayed(&claim.events, self.term);
+        }
         self.pace.appended(claim.events.len(), Instant::now());
         let batch = announce::Batch { events: claim.events.clone() };
         // Full: the nodes find the gap by the next chunk or heartbeat and read the log.

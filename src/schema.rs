@@ -6,6 +6,7 @@
 
 pub mod diff;
 pub mod registry;
+pub mod watch;
 
 use std::collections::BTreeSet;
 

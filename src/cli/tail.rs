@@ -14,7 +14,9 @@ use clap::Args;
 use serde_json::value::RawValue;
 
 use self::line::{Paint, event_line, news};
-use crate::client::{Client, ClientError, ConnectOptions, Frame, Frames, Item, Resumed, Start, SubscribeOptions};
+use crate::client::{
+    Client, ClientError, ConnectOptions, Frame, Frames, Item, Resumed, Source, Start, SubscribeOptions,
+};
 use crate::dev;
 
 /// Show changes as they happen.
@@ -68,17 +70,16 @@ impl TailArgs {
     fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
         let (urls, key) = if self.url.is_empty() {
             let dev = dev::running().context("no address: give --url or TIDEWIRE_URL, or start `tidewire dev`")?;
-            (vec![dev.load_balancer], self.key.clone().or(Some(dev.api_key)))
+            (vec![dev.load_balancer], self.key.clone().unwrap_or(dev.api_key))
         } else {
-            (self.url.clone(), self.key.clone())
+            let key =
+                self.key.clone().context("no API key: give --key or TIDEWIRE_KEY; `tidewire keys create` makes one")?;
+            (self.url.clone(), key)
         };
         let mut urls = urls.into_iter();
         let first = urls.next().context("no address: give --url")?;
         let options = urls.fold(ConnectOptions::new(first), ConnectOptions::or).attempts(self.attempts);
-        Ok(match key {
-            Some(key) => options.key(key),
-            None => options,
-        })
+        Ok(options.key(key))
     }
 
     fn subscribe_options(&self) -> SubscribeOptions {
@@ -174,7 +175,6 @@ struct Tail {
 }
 
 /// Whether to go on.
-#[derive(PartialEq, Eq)]
 enum Flow {
     GoOn,
     Done,
@@ -190,11 +190,11 @@ impl Tail {
                 () = &mut stopped => return Ok(()),
             };
             let Some(item) = item else { bail!("the subscription has ended") };
-            let flow = self.item(item.map_err(explain)?)?;
-            // What is printed is handled.
-            frames.ack();
-            if flow == Flow::Done {
-                return Ok(());
+            match self.item(item.map_err(explain)?)? {
+                // What is printed is handled.
+                Flow::GoOn => frames.ack(),
+                // Of the last frame perhaps a part only: rather some events twice than one never.
+                Flow::Done => return Ok(()),
             }
         }
     }
@@ -260,12 +260,13 @@ impl Tail {
     fn resumed(&mut self, resumed: &Resumed) {
         let Resumed { from, source, attempt, node, away } = resumed;
         let attempts = counted(u64::from(*attempt), "attempt");
-        let source = source.as_str();
-        self.news(&format!(
-            "resumed on {node} after {from}, from {source}; away {:.1} s, {attempts}",
-            away.as_secs_f64()
-        ));
-        self.replay = Some(Replay { source, events: 0, resumed: true });
+        let missed = match source {
+            Source::Live => "nothing was missed".to_owned(),
+            source => format!("what was missed comes from {}", source.as_str()),
+        };
+        let away = away.as_secs_f64();
+        self.news(&format!("resumed on {node} after {from}: {missed}; away {away:.1} s, {attempts}"));
+        self.replay = Some(Replay { source: source.as_str(), events: 0, resumed: *source != Source::Live });
     }
 
     fn news(&self, text: &str) {
@@ -286,10 +287,10 @@ fn soon(wait: Duration) -> String {
 fn explain(error: ClientError) -> anyhow::Error {
     let hint = match &error {
         ClientError::Closed { code: 4401 | 4408, .. } | ClientError::Rejected { status: 401, .. } => {
-            " Give it with --key or TIDEWIRE_KEY."
+            ". Give it with --key or TIDEWIRE_KEY"
         }
-        ClientError::GaveUp { .. } | ClientError::BadUrl { .. } => " Give it with --url or TIDEWIRE_URL.",
-        ClientError::Resync(_) => " Read the tables anew, then tail --from now.",
+        ClientError::GaveUp { .. } | ClientError::BadUrl { .. } => " Give it with --url or TIDEWIRE_URL",
+        ClientError::Resync(_) => ". Read the tables anew, then tail --from now",
         _ => "",
     };
     anyhow::anyhow!("{error}{hint}")

@@ -108,7 +108,7 @@ fn close_stops(code: u16) -> bool {
 #[non_exhaustive]
 pub enum ClientError {
     /// The address is none that a client can use.
-    #[error("`{url}` is no address of a node: {reason}. Give http(s):// or ws(s)://, host and port")]
+    #[error("`{url}` is no address of a node: {reason}. Give http(s):// or ws(s)://, host and port.")]
     BadUrl {
         /// As it was given, without credentials.
         url: String,

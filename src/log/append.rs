@@ -319,8 +319,8 @@ impl Position {
         self.newest_xid = newest.unwrap_or(LAST_XID).to_owned();
         self.unseen = running.unwrap_or("").split(',').filter(|xid| !xid.is_empty()).map(str::to_owned).collect();
         self.unseen.extend(meta.left_out.iter().chain(&meta.skipped).cloned());
-        // A skipped transaction with rows in the window was left out as well. Named twice, its rows would be picked twice and
-        // locked once, which looks like a foreign lock that never goes.
+        // One that was skipped and has rows in the window is left out, too. Twice in the list, its rows would be picked
+        // twice, and the claim would take it for torn for ever.
         self.unseen.sort_unstable();
         self.unseen.dedup();
     }

@@ -18,6 +18,7 @@ use crate::lifecycle::Lifecycle;
 use crate::log::append::{Interner, Position};
 use crate::log::incarnation::{Candidate, Term, begin_term, end_former_terms, end_term};
 use crate::postgres::{Incarnation, settings};
+use crate::schema::watch::watch;
 
 /// Mean wait between two tries of the lock; jittered by half.
 const CANDIDACY_INTERVAL: Duration = Duration::from_millis(100);
@@ -67,6 +68,7 @@ async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> 
     let ended = lead(relay, lifecycle, &mut connection, &incarnation).await;
     relay.metrics.leader.set(0);
     relay.metrics.relay_parked.set(0);
+    relay.metrics.table_faults.set(0);
     match ended {
         Ok(term) => {
             let goodbye = resign(connection, &term);
@@ -130,6 +132,7 @@ async fn lead(
         announce: sender,
         may_park,
         position: Position::beginning(),
+        term: term.term,
         newest: term.newest,
         partition_end: 0,
         pace: Pace::new(Instant::now()),
@@ -148,6 +151,7 @@ async fn lead(
             return Err(TermEnd::Announce("ended by itself".to_owned()));
         }
         () = trim_log(relay.database.clone(), relay.options.retention, relay.metrics.clone()) => {}
+        () = watch(relay.database.clone(), relay.wakeups.clone(), relay.metrics.clone()) => {}
     }
     // What was committed last is still to be announced.
     drop(leader);

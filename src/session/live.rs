@@ -212,9 +212,8 @@ impl Session {
             }
             self.machine.settle_syncs();
             if std::mem::take(&mut self.progress_due) {
-                let edge = self.context.hub.edge();
-                let current = !edge.held && self.context.follower.current();
-                self.machine.progress(Instant::now(), current.then_some(edge.boundary));
+                let current = !self.context.hub.edge().held && self.context.follower.current();
+                self.machine.progress(Instant::now(), current);
                 continue;
             }
             let Some(output) = self.machine.poll() else { return Poll::Pending };
@@ -435,7 +434,9 @@ impl Session {
             Pull::Frame(frame) => {
                 place.passed = frame.through;
                 place.carry.retain(|event| event.seq > frame.through);
-                let Some(prev) = self.machine.events(now, &place.id, frame.cursor) else { return Step::Skipped };
+                let Some(prev) = self.machine.events(now, &place.id, frame.cursor, frame.open) else {
+                    return Step::Skipped;
+                };
                 self.context.metrics.events_delivered_total.inc_by(frame.count as u64);
                 self.context.metrics.frames_delivered_total.inc();
                 Step::Emit(Emit::Events { id: Arc::clone(&place.id), prev, frame })
@@ -485,6 +486,7 @@ impl Session {
         }
         // What was passed over silently beyond the cut did not happen either.
         place.passed = position.seq;
+        self.machine.rewound(&place.id);
         None
     }
 

@@ -88,6 +88,10 @@ struct Subscription {
     last_said: Instant,
     // Everything up to here that matches has been handed over, said or not.
     passed: Seq,
+    // The end of the newest whole transaction that it had everything of; what `progress` may say.
+    reached: Option<Cursor>,
+    // The position stands inside a transaction.
+    open: bool,
 }
 
 #[derive(Debug)]
@@ -260,6 +264,8 @@ impl Machine {
                 caught_up: false,
                 last_said: now,
                 passed: 0,
+                reached: None,
+                open: false,
             });
             self.outputs.push_back(Output::Start { serial: self.serial, subscribe: Box::new(subscribe) });
             return;
@@ -315,9 +321,9 @@ impl Machine {
         }
     }
 
-    /// An `events` frame that ends at `cursor` goes out for `id`; gives the position before it. None: it must not go,
-    /// because the subscription is over or the frame would go back.
-    pub fn events(&mut self, now: Instant, id: &str, cursor: Cursor) -> Option<Cursor> {
+    /// An `events` frame that ends at `cursor`, inside a transaction if `open`, goes out for `id`; gives the position before
+    /// it. None: it must not go, because the subscription is over or the frame would go back.
+    pub fn events(&mut self, now: Instant, id: &str, cursor: Cursor, open: bool) -> Option<Cursor> {
         if self.phase == Phase::Closed {
             return None;
         }
@@ -328,6 +334,7 @@ impl Machine {
         }
         subscription.position = Some(cursor);
         subscription.passed = cursor.seq;
+        subscription.open = open;
         subscription.last_said = now;
         Some(before)
     }
@@ -343,6 +350,7 @@ impl Machine {
     pub fn reached(&mut self, now: Instant, id: &str, boundary: Cursor) {
         let Some(subscription) = self.find(id) else { return };
         subscription.passed = subscription.passed.max(boundary.seq);
+        subscription.reached = Some(boundary);
         let Some(position) = subscription.position else { return };
         // Inside an open transaction there is nothing to say yet.
         if !subscription.caught_up && boundary.seq >= position.seq {
@@ -354,9 +362,17 @@ impl Machine {
         }
     }
 
-    /// Says `progress` for every caught-up subscription that was silent for long. Call when nothing is left to deliver up
-    /// to `boundary`; None while the node cannot tell (then the positions are repeated).
-    pub fn progress(&mut self, now: Instant, boundary: Option<Cursor>) {
+    /// The log was rewound to behind what `id` had passed over in silence; its position still stands.
+    pub fn rewound(&mut self, id: &str) {
+        if let Some(subscription) = self.find(id) {
+            subscription.reached = None;
+            subscription.passed = subscription.position.map_or(0, |position| position.seq);
+        }
+    }
+
+    /// Says `progress` for every caught-up subscription that was silent for long: how far it has everything. Not
+    /// `current`: the node cannot tell, and the positions are repeated.
+    pub fn progress(&mut self, now: Instant, current: bool) {
         if self.phase == Phase::Closed {
             return;
         }
@@ -367,14 +383,16 @@ impl Machine {
             if now.saturating_duration_since(subscription.last_said) < silent {
                 continue;
             }
-            let cursor = match boundary {
-                Some(boundary) if boundary.seq < position.seq => continue,
-                Some(boundary) if boundary.seq > position.seq => boundary,
-                _ => position,
-            };
-            subscription.position = Some(cursor);
-            subscription.passed = subscription.passed.max(cursor.seq);
             subscription.last_said = now;
+            // Never the node's own end: a subscription that is behind has events on their way before that.
+            let reached = subscription.reached.filter(|reached| current && reached.seq > position.seq);
+            if subscription.open && reached.is_none() {
+                // Progress stands between transactions.
+                continue;
+            }
+            let cursor = reached.unwrap_or(position);
+            subscription.position = Some(cursor);
+            subscription.open = false;
             match said.iter_mut().find(|(at, _)| *at == cursor) {
                 Some((_, ids)) => ids.push(subscription.id.to_string()),
                 None => said.push((cursor, vec![subscription.id.to_string()])),

@@ -8,6 +8,9 @@
 
 mod auth;
 mod capture;
+mod deliver;
+mod doctor;
+mod election;
 mod emit;
 mod filter;
 mod migrations;

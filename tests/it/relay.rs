@@ -182,11 +182,8 @@ async fn wait_for_a_blocked_writer(pool: &sqlx::PgPool) {
 #[tokio::test]
 async fn what_is_rolled_back_to_a_savepoint_leaves_nothing_and_deferred_capture_comes_in_order() {
     let database = database().await;
-    run(
-        &database.pool,
-        "CREATE TABLE d (id int PRIMARY KEY, n text); SELECT tidewire.track('d', deferred => true)",
-    )
-    .await;
+    run(&database.pool, "CREATE TABLE d (id int PRIMARY KEY, n text); SELECT tidewire.track('d', deferred => true)")
+        .await;
     let mut term = Term::begin(&database.url, 3).await.unwrap();
     let mut writer = Writer::connect(&database.url).await;
     writer.run(&format!("BEGIN; {}; SAVEPOINT s; {}", emit("kept"), emit("gone"))).await;
@@ -213,9 +210,7 @@ async fn a_foreign_row_lock_loses_nothing_lets_nothing_overtake_and_all_flows_wh
         }
         writer.run(&format!("BEGIN; {}; {}; {}; COMMIT", emit("t1"), emit("t2"), emit("t3"))).await;
         writer.emit("z").await;
-        locker
-            .run(&format!("BEGIN; SELECT FROM tidewire.outbox WHERE after_data ->> 'n' = 't2' FOR {strength}"))
-            .await;
+        locker.run(&format!("BEGIN; SELECT FROM tidewire.outbox WHERE after_data ->> 'n' = 't2' FOR {strength}")).await;
         let claimed = term.step().await.unwrap();
         assert!(claimed.torn, "{strength}");
         assert_eq!(term.last(9), ["a.", "b."], "{strength}: what precedes the torn transaction goes");

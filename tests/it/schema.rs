@@ -3,9 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use sqlx::AssertSqlSafe;
+use serde_json::{Value, json};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection as _};
 use tidewire::filter::{Column, ColumnType};
 use tidewire::postgres::Database;
+use tidewire::schema::watch::{Look, look};
 use tidewire::schema::{Lookup, Registry, TableInfo};
 use tidewire::table_name::TableName;
 
@@ -154,4 +157,197 @@ async fn a_partition_is_not_tracked_itself() {
     .await;
     assert_eq!(tracked(&registry, "parted").await.columns.len(), 1);
     assert_eq!(registry.lookup(&name("parted_1")).await.unwrap(), Lookup::NotTracked);
+}
+
+/// A leader's view: its connection, and what it wrote.
+struct Watcher<'a> {
+    db: &'a TestDatabase,
+    connection: PgConnection,
+}
+
+impl<'a> Watcher<'a> {
+    /// Has looked once, so that everything is noted.
+    async fn new(db: &'a TestDatabase) -> Self {
+        let mut watcher = Self { db, connection: PgConnection::connect(&db.url).await.unwrap() };
+        assert_eq!(watcher.events().await, []);
+        watcher
+    }
+
+    async fn look(&mut self) -> Look {
+        look(&mut self.connection).await.unwrap()
+    }
+
+    /// The SCHEMA events that a look writes: table and kinds of changes.
+    async fn events(&mut self) -> Vec<(String, Value)> {
+        let found = self.look().await;
+        let taken: Vec<(String, sqlx::types::Json<Value>)> = sqlx::query_as(
+            "WITH taken AS (DELETE FROM tidewire.outbox WHERE operation = 'SCHEMA' RETURNING id, table_name, after_data)
+             SELECT table_name, after_data FROM taken ORDER BY id",
+        )
+        .fetch_all(&self.db.pool)
+        .await
+        .unwrap();
+        assert_eq!(found.events, taken.len());
+        assert_eq!(self.look().await.events, 0, "each change is told once");
+        taken.into_iter().map(|(table, after)| (table, after.0)).collect()
+    }
+
+    /// As [`Self::events`], where there is one: its table and changes.
+    async fn changes(&mut self) -> (String, Value) {
+        let mut events = self.events().await;
+        assert_eq!(events.len(), 1, "{events:?}");
+        let (table, mut after) = events.remove(0);
+        (table, after["changes"].take())
+    }
+
+    async fn after(&mut self, sql: &str) -> (String, Value) {
+        run(self.db, sql).await;
+        self.changes().await
+    }
+}
+
+fn told(changes: &Value) -> Vec<&str> {
+    changes.as_array().unwrap().iter().map(|change| change["kind"].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn every_change_of_a_column_is_told_once() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let mut watcher = Watcher::new(&db).await;
+    let (table, changes) = watcher.after("ALTER TABLE orders ADD COLUMN extra int").await;
+    assert_eq!(table, "public.orders");
+    assert_eq!(changes, json!([{"kind": "add_column", "column": "extra", "type": "integer"}]));
+    let (_, changes) = watcher.after("ALTER TABLE orders RENAME extra TO more").await;
+    assert_eq!(
+        changes,
+        json!([{"kind": "rename_column", "column": "extra", "from": "extra", "to": "more", "type": "integer"}])
+    );
+    let (_, changes) = watcher.after("ALTER TABLE orders ALTER more TYPE bigint").await;
+    assert_eq!(changes[0]["kind"], "alter_column");
+    assert_eq!((&changes[0]["from"], &changes[0]["to"]), (&json!("integer"), &json!("bigint")));
+    let (_, changes) = watcher.after("ALTER TABLE orders DROP COLUMN more").await;
+    assert_eq!(changes, json!([{"kind": "drop_column", "column": "more", "type": "bigint"}]));
+    run(&db, "ALTER TABLE orders ADD COLUMN a int; ALTER TABLE orders DROP COLUMN a; ANALYZE orders").await;
+    assert_eq!(watcher.events().await, [], "what was undone is no change");
+}
+
+#[tokio::test]
+async fn tracking_makes_no_event() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let mut watcher = Watcher::new(&db).await;
+    run(&db, "SELECT tidewire.track('orders', key => '{status}', bulk => true)").await;
+    assert_eq!(watcher.events().await, []);
+    run(&db, "SELECT tidewire.track('orders')").await;
+    assert_eq!(watcher.events().await, []);
+    run(&db, "SELECT tidewire.untrack('orders')").await;
+    assert_eq!(watcher.events().await, []);
+}
+
+#[tokio::test]
+async fn a_renamed_table_is_told_under_its_old_name() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let mut watcher = Watcher::new(&db).await;
+    let (table, changes) = watcher.after("ALTER TABLE orders RENAME TO purchases").await;
+    assert_eq!(table, "public.orders");
+    assert_eq!(changes, json!([{"kind": "rename_table", "from": "public.orders", "to": "public.purchases"}]));
+    let (table, _) = watcher.after("ALTER TABLE purchases ADD COLUMN b int").await;
+    assert_eq!(table, "public.purchases");
+    let (table, _) = watcher.after("CREATE SCHEMA elsewhere; ALTER TABLE purchases SET SCHEMA elsewhere").await;
+    assert_eq!(table, "public.purchases");
+}
+
+#[tokio::test]
+async fn a_dropped_table_is_told_before_anything_of_its_successor() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let mut watcher = Watcher::new(&db).await;
+    let (table, changes) = watcher.after("DROP TABLE orders").await;
+    assert_eq!((table.as_str(), changes), ("public.orders", json!([{"kind": "drop_table"}])));
+
+    run(&db, "CREATE TABLE orders (id int PRIMARY KEY); SELECT tidewire.track('orders')").await;
+    assert_eq!(watcher.events().await, []);
+    run(
+        &db,
+        "BEGIN; DROP TABLE orders; CREATE TABLE orders (id int PRIMARY KEY); SELECT tidewire.track('orders');
+         INSERT INTO orders VALUES (1); COMMIT",
+    )
+    .await;
+    let written: Vec<(String, String)> =
+        sqlx::query_as("SELECT table_name, operation FROM tidewire.outbox ORDER BY id")
+            .fetch_all(&db.pool)
+            .await
+            .unwrap();
+    let expected = [("public.orders", "SCHEMA"), ("public.orders", "INSERT")];
+    assert_eq!(
+        written.iter().map(|(table, operation)| (table.as_str(), operation.as_str())).collect::<Vec<_>>(),
+        expected
+    );
+}
+
+#[tokio::test]
+async fn two_leaders_that_overlap_tell_a_change_once() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    drop(Watcher::new(&db).await);
+    run(&db, "ALTER TABLE orders ADD COLUMN extra int").await;
+    let looking: Vec<_> = (0..4)
+        .map(|_| {
+            let url = db.url.clone();
+            tokio::spawn(async move {
+                let mut connection = PgConnection::connect(&url).await.unwrap();
+                look(&mut connection).await.unwrap().events
+            })
+        })
+        .collect();
+    let mut told = 0;
+    for task in looking {
+        told += task.await.unwrap();
+    }
+    assert_eq!(told, 1);
+}
+
+#[tokio::test]
+async fn broken_capture_is_reported_and_told() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let mut watcher = Watcher::new(&db).await;
+    let (_, changes) = watcher.after(r#"ALTER TABLE orders DISABLE TRIGGER "!tidewire""#).await;
+    assert_eq!(told(&changes), ["capture_broken"]);
+    assert!(changes[0]["message"].as_str().unwrap().contains("trigger_disabled"), "{changes}");
+    let faults = watcher.look().await.faults;
+    assert_eq!(faults.keys().collect::<Vec<_>>(), ["public.orders"]);
+    let (_, changes) = watcher.after(r#"ALTER TABLE orders ENABLE TRIGGER "!tidewire""#).await;
+    assert_eq!(told(&changes), ["capture_restored"]);
+    assert!(watcher.look().await.faults.is_empty());
+
+    let dropping = r#"DROP TRIGGER "!tidewire" ON orders; DROP TRIGGER "!tidewire_update" ON orders;
+        DROP TRIGGER "!tidewire_truncate" ON orders"#;
+    let (_, changes) = watcher.after(dropping).await;
+    assert_eq!(told(&changes), ["capture_broken"]);
+    let (_, changes) = watcher.after("SELECT tidewire.track('orders')").await;
+    assert_eq!(told(&changes), ["capture_restored"]);
+}
+
+#[tokio::test]
+async fn keys_partitions_and_row_security_are_part_of_the_shape() {
+    let db = database().await;
+    run(
+        &db,
+        "CREATE TABLE parted (id int NOT NULL, other int NOT NULL) PARTITION BY RANGE (id);
+         CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (1) TO (10);
+         SELECT tidewire.track('parted')",
+    )
+    .await;
+    let mut watcher = Watcher::new(&db).await;
+    let (_, changes) = watcher.after("ALTER TABLE parted ADD PRIMARY KEY (id)").await;
+    assert_eq!(changes, json!([{"kind": "key", "from": null, "to": ["id"]}]));
+    let (_, changes) = watcher.after("ALTER TABLE parted ENABLE ROW LEVEL SECURITY").await;
+    assert_eq!(changes, json!([{"kind": "row_security", "from": false, "to": true}]));
+    run(&db, "CREATE TABLE parted_2 PARTITION OF parted FOR VALUES FROM (10) TO (20)").await;
+    assert_eq!(watcher.events().await, [], "a new partition brings no rows");
+    let (_, changes) = watcher.after("DROP TABLE parted_1").await;
+    assert_eq!((told(&changes), &changes[0]["from"]), (vec!["detach_partition"], &json!("public.parted_1")));
 }

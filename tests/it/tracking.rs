@@ -336,3 +336,45 @@ async fn keys_and_their_versions_are_announced_but_not_their_use() {
     let notification = tokio::time::timeout(Duration::from_secs(30), listener.recv()).await.unwrap().unwrap();
     assert_eq!((notification.channel(), notification.payload()), ("tidewire_keys", "k"));
 }
+
+#[tokio::test]
+async fn a_restored_database_finds_its_tracked_tables_again() {
+    // What a dump and restore does: other OIDs, and attribute numbers without the gaps of dropped columns.
+    let database = database_with(
+        "CREATE TABLE t (gone int, id int PRIMARY KEY, v text, secret text); ALTER TABLE t DROP gone;
+         SELECT tidewire.track('t', except_columns => '{secret}')",
+    )
+    .await;
+    let triggers = strings(
+        &database.pool,
+        "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = 't'::regclass ORDER BY tgname",
+    )
+    .await;
+    run(
+        &database.pool,
+        &format!(
+            "DROP TABLE t; CREATE TABLE t (id int PRIMARY KEY, v text, secret text); {}; INSERT INTO t VALUES (1, 'a', 's')",
+            triggers.join(";")
+        ),
+    )
+    .await;
+    assert_eq!(captured(&database.pool).await, [r#"INSERT {"id":1} - -> {"id":1,"v":"a"}"#]);
+    assert_eq!(problems(&database.pool).await, NOTHING);
+    captured(&database.pool).await;
+    run(&database.pool, "ALTER TABLE t RENAME secret TO hidden; INSERT INTO t VALUES (2, 'b', 's')").await;
+    assert_eq!(captured(&database.pool).await, [r#"INSERT {"id":2} - -> {"id":2,"v":"b"}"#]);
+    let known = "SELECT concat_ws(' ', relid::regclass, except_columns) FROM tidewire.tracked_tables";
+    assert_eq!(problems(&database.pool).await, NOTHING);
+    assert_eq!(strings(&database.pool, known).await, ["t {hidden}"]);
+}
+
+#[tokio::test]
+async fn a_list_of_no_columns_carries_the_key_alone() {
+    let database = database_with(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT tidewire.track('t', columns => '{}'); INSERT INTO t VALUES (1, 'a');
+         CREATE TABLE u (id int, v text); SELECT tidewire.track('u', columns => '{v}'); ALTER TABLE u DROP v;
+         SELECT tidewire.refresh_tracked(); INSERT INTO u VALUES (1)",
+    )
+    .await;
+    assert_eq!(captured(&database.pool).await, [r#"INSERT {"id":1} - -> {"id":1}"#, "INSERT - - -> {}"]);
+}

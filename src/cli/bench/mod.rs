@@ -89,7 +89,6 @@ pub(super) struct Common {
 /// The cluster cannot be started or reached, or does not do what is measured.
 pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let BenchArgs { bench, common } = args;
-    raise_file_limit();
     let nodes = match &bench {
         Bench::Relay(_) | Bench::Fanout(_) | Bench::Connections(_) => 1,
         Bench::Latency(_) | Bench::Writers(_) | Bench::Leader(_) => 3,
@@ -119,15 +118,6 @@ async fn measure(bench: &Bench, common: &Common, cluster: &Cluster) -> anyhow::R
         report.version(&what, version);
     }
     Ok(report)
-}
-
-/// Thousands of sockets need thousands of files: up to the hard limit is ours to take. A child inherits it.
-fn raise_file_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // Where it is not allowed, connecting fails with a clear error later.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 /// A bar on standard error, on terminals only.

@@ -120,9 +120,13 @@ impl Actor {
                 "UPDATE {table} SET version = version + 1
                  WHERE id IN (SELECT id FROM {table} WHERE id = {key} FOR UPDATE SKIP LOCKED)"
             ),
-            6..8 => format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g", random.random_range(1..6)),
+            6..8 => {
+                format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g", random.random_range(1..6))
+            }
             8 => rows("x", random.random_range(1..40)),
-            _ => format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g", random.random_range(1..60)),
+            _ => {
+                format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g", random.random_range(1..60))
+            }
         };
         if let Err(error) = self.writer.attempt(&sql).await {
             // REPEATABLE READ: the row has changed since.
@@ -164,7 +168,11 @@ async fn stepwise(seed: u64, steps: usize) -> u64 {
             5..8 => {
                 let strength = ["SHARE", "KEY SHARE", "UPDATE"][random.random_range(0..3)];
                 let offset = random.random_range(0..10);
-                locker.run(&format!("BEGIN; SELECT FROM tidewire.outbox OFFSET {offset} LIMIT 1 FOR {strength} SKIP LOCKED")).await;
+                locker
+                    .run(&format!(
+                        "BEGIN; SELECT FROM tidewire.outbox OFFSET {offset} LIMIT 1 FOR {strength} SKIP LOCKED"
+                    ))
+                    .await;
                 locked = true;
             }
             _ => {
@@ -226,7 +234,9 @@ async fn operation(connection: &mut PgConnection, random: &mut SmallRng) -> Resu
             copy.finish().await?;
             return Ok(());
         }
-        8 => format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g;", random.random_range(1..1500)),
+        8 => {
+            format!("INSERT INTO item (n) SELECT g::text FROM generate_series(1, {}) g;", random.random_range(1..1500))
+        }
         9 => format!("BEGIN; {} SELECT pg_terminate_backend(pg_backend_pid()); COMMIT", update(random)),
         kind => {
             let isolation = if kind < 13 { "REPEATABLE READ" } else { "READ COMMITTED" };
@@ -339,7 +349,8 @@ async fn twelve_wild_writers_and_relays_killed_in_the_middle_leave_a_perfect_log
     for relay in relays {
         terms += relay.await.unwrap();
     }
-    let events: i64 = sqlx::query_scalar("SELECT count(*) FROM tidewire.event_log").fetch_one(&arena.pool).await.unwrap();
+    let events: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM tidewire.event_log").fetch_one(&arena.pool).await.unwrap();
     println!("{events} events, {terms} terms, {killed} killed, {} claims", claims.load(Ordering::Relaxed));
     assert_eq!(untruths(&arena.pool).await, [""; 0]);
 }
