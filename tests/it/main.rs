@@ -10,6 +10,7 @@ mod auth;
 mod capture;
 mod deliver;
 mod doctor;
+mod election;
 mod emit;
 mod filter;
 mod migrations;

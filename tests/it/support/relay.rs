@@ -33,8 +33,13 @@ pub(crate) struct Term {
 impl Term {
     /// Waits for the lock, then finishes what the log's tail left open.
     pub(crate) async fn begin(url: &str, batch: i64) -> Result<Self, ClaimError> {
+        Self::begin_with(url, batch, Duration::from_secs(20)).await
+    }
+
+    /// Like [`Term::begin`]; Postgres ends the session after `lease` of silence.
+    pub(crate) async fn begin_with(url: &str, batch: i64, lease: Duration) -> Result<Self, ClaimError> {
         let mut connection = PgConnection::connect(url).await?;
-        settings::lead(&mut connection, Duration::from_secs(20)).await?;
+        settings::lead(&mut connection, lease).await?;
         let lock = "SELECT pg_try_advisory_lock($1)";
         while !sqlx::query_scalar::<_, bool>(lock).bind(LEADER_LOCK).fetch_one(&mut connection).await? {
             tokio::time::sleep(Duration::from_millis(2)).await;
