@@ -241,6 +241,10 @@ fn glob_resolver(
         let mut plan = TablePlan::of_access(access, ops.unwrap_or(OpSet::ALL));
         let event = crate::table_name::is_event(table);
         let info = if event { None } else { registry.cached(table) };
+        if info.is_none() && !event && access.condition.is_none() {
+            // Dropped or untracked before this node began: whether it had row security nobody can say any more.
+            return None;
+        }
         if let Some(info) = &info
             && info.row_security
             && access.condition.is_none()
