@@ -41,7 +41,7 @@ impl DatabaseArgs {
     /// # Errors
     /// As [`DatabaseArgs::database`].
     pub async fn pool(&self) -> anyhow::Result<PgPool> {
-        Ok(self.database().await?.pool().clone())
+        Ok(self.database().await?.pool())
     }
 }
 
