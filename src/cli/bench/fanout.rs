@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::AssertSqlSafe;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -23,6 +23,8 @@ const WARM_UP: Duration = Duration::from_secs(3);
 /// library clears the buffer before each read, so a large one costs.)
 const BATCHED_READ_BYTES: usize = 64 * 1024;
 const SINGLE_READ_BYTES: usize = 4 * 1024;
+/// Writers of single rows.
+const SINGLE_WRITERS: u32 = 8;
 /// Histograms, so that subscribers on different threads seldom wait for each other.
 const SHARDS: usize = 16;
 
@@ -110,11 +112,10 @@ async fn measure(
     let read_bytes = if kind == Kind::Batched { BATCHED_READ_BYTES } else { SINGLE_READ_BYTES };
     let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, read_bytes).await?;
     let mut tasks = listeners::read(subscribers, |number| listener(shared.clone(), number, kind));
-    let mut connection = database::connect(&cluster.database_url).await?;
     let writer = async {
         match kind {
-            Kind::Batched => write_batches(args, &shared, &mut connection).await,
-            Kind::Single => write_singles(args, &mut connection).await,
+            Kind::Batched => write_batches(args, &shared, &cluster.database_url).await,
+            Kind::Single => write_singles(args, &cluster.database_url).await,
         }
     };
     let (mut rates, mut costs, mut p50, mut p99) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -193,23 +194,34 @@ impl Shared {
 }
 
 /// As many transactions as the slowest subscriber follows.
-async fn write_batches(args: &FanoutArgs, shared: &Shared, connection: &mut PgConnection) -> anyhow::Result<()> {
+async fn write_batches(args: &FanoutArgs, shared: &Shared, database_url: &str) -> anyhow::Result<()> {
+    let mut connection = database::connect(database_url).await?;
     let sql = format!("SELECT {} FROM generate_series(1, {})", emit(AGGREGATE, args.bytes), args.rows);
     loop {
         shared.room.acquire().await?.forget();
-        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut *connection).await?;
+        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut connection).await?;
     }
 }
 
-/// One row at each tick.
-async fn write_singles(args: &FanoutArgs, connection: &mut PgConnection) -> anyhow::Result<()> {
+/// One row at each tick, by several writers in turn: one alone would wait for its own commits.
+async fn write_singles(args: &FanoutArgs, database_url: &str) -> anyhow::Result<()> {
     let sql = format!("SELECT {}", emit(AGGREGATE, args.bytes));
-    let mut ticks = tokio::time::interval(Duration::from_secs(1) / args.rate.max(1));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    loop {
-        ticks.tick().await;
-        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut *connection).await?;
-    }
+    let tick = Duration::from_secs(1) / args.rate.max(1);
+    let begun = tokio::time::Instant::now();
+    let writers = (0..SINGLE_WRITERS).map(|number| {
+        let sql = sql.clone();
+        async move {
+            let mut connection = database::connect(database_url).await?;
+            let mut ticks = tokio::time::interval_at(begun + tick * number, tick * SINGLE_WRITERS);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+            loop {
+                ticks.tick().await;
+                sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut connection).await?;
+            }
+        }
+    });
+    // They end with an error only.
+    futures_util::future::try_join_all(writers).await.map(|_: Vec<()>| ())
 }
 
 struct Sample {
