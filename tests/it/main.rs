@@ -13,6 +13,7 @@ mod emit;
 mod filter;
 mod migrations;
 mod private_server;
+mod protocol;
 mod resume;
 mod schema;
 mod support;

@@ -112,10 +112,6 @@ impl TestCluster {
         &self.nodes[index]
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.nodes.len()
-    }
-
     /// The node that leads.
     pub(crate) async fn leader(&self) -> usize {
         let leading = |node: &TestNode| node.node.is_some() && node.metrics().leader.get() == 1;
@@ -175,21 +171,22 @@ impl TestCluster {
         store::create_key(&self.pool, "test", &scopes, None).await.unwrap()
     }
 
-    /// A client that may use any node, beginning with `first`.
-    pub(crate) fn connect_options(&self, first: usize) -> ConnectOptions {
-        let urls = (0..self.len()).map(|offset| self.node((first + offset) % self.len()).url());
-        let options = urls.fold(None, |options: Option<ConnectOptions>, url| {
-            Some(match options {
-                None => ConnectOptions::new(url),
-                Some(options) => options.or(url),
-            })
-        });
-        options.unwrap().key(self.key.clone()).unlimited_attempts()
+    /// A client that may use any node.
+    pub(crate) fn connect_options(&self) -> ConnectOptions {
+        let mut urls = self.nodes.iter().map(TestNode::url);
+        let first = ConnectOptions::new(urls.next().expect("a node"));
+        urls.fold(first, ConnectOptions::or).key(self.key.clone()).unlimited_attempts()
     }
 
-    /// A subscriber that may use any node, beginning with `first`.
-    pub(crate) async fn client(&self, first: usize, table: &str) -> TestClient {
-        TestClient::connect(self.connect_options(first), SubscribeOptions::tables([table])).await
+    /// A subscriber that may use any node.
+    pub(crate) async fn client(&self, table: &str) -> TestClient {
+        TestClient::connect(self.connect_options(), SubscribeOptions::tables([table])).await
+    }
+
+    /// The node that serves a client.
+    pub(crate) fn serving(&self, client: &TestClient) -> usize {
+        let name = client.node().expect("the client is connected");
+        self.nodes.iter().position(|node| node.name == name).expect("a node of this cluster")
     }
 
     /// Waits until every node has what is in the log now.
