@@ -192,6 +192,8 @@ impl Hub {
             (edge.deliverable, edge.boundary) = (start, start);
             edge.generation += 1;
         });
+        routes.iter().for_each(|group| group.wake_all());
+        drop(routes);
         self.tell_known();
     }
 
@@ -224,6 +226,7 @@ impl Hub {
             }
             edge.generation += 1;
         });
+        routes.iter().for_each(|group| group.wake_all());
         drop(routes);
         self.tell_known();
     }
@@ -298,10 +301,12 @@ impl Hub {
             let epochs = self.epochs.read().clone();
             let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
             let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes);
+            let mut news = Vec::with_capacity(dispatched.len());
             for Dispatched { group, frames, ended } in dispatched {
                 if !frames.is_empty() {
                     group.publish(frames);
                 }
+                news.push(Arc::clone(&group));
                 if let Some(ended) = ended {
                     group.end(ended);
                     // Whoever joins from now on gets a group of its own; listeners keep this one's frames.
@@ -315,6 +320,10 @@ impl Hub {
                     edge.boundary = end;
                 }
             });
+            drop(routes);
+            for group in news {
+                group.wake_all();
+            }
         }
     }
 

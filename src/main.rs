@@ -25,6 +25,12 @@ enum Command {
     Serve(Box<cli::serve::ServeArgs>),
     Tail(Box<cli::tail::TailArgs>),
     Keys(KeysCommand),
+    Migrate(cli::migrate::MigrateArgs),
+    Track(cli::track::TrackArgs),
+    Untrack(cli::track::UntrackArgs),
+    Tables(cli::tables::TablesArgs),
+    Status(cli::status::StatusArgs),
+    Doctor(cli::doctor::DoctorArgs),
     Bench(Box<cli::bench::BenchArgs>),
 }
 
@@ -69,6 +75,12 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve(args) => cli::serve::run(*args).await,
         Command::Tail(args) => cli::tail::run(*args).await,
         Command::Keys(KeysCommand { database, keys }) => cli::keys::run(keys, &database.pool().await?).await,
+        Command::Migrate(args) => cli::migrate::run(args).await,
+        Command::Track(args) => cli::track::run(args).await,
+        Command::Untrack(args) => cli::track::run_untrack(args).await,
+        Command::Tables(args) => cli::tables::run(args).await,
+        Command::Status(args) => cli::status::run(args).await,
+        Command::Doctor(args) => cli::doctor::run(args).await,
         Command::Bench(args) => cli::bench::run(*args).await,
     }
 }

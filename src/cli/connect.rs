@@ -9,7 +9,7 @@ use crate::postgres::Database;
 const POOL_SIZE: u32 = 2;
 
 /// Which database
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct DatabaseArgs {
     /// Postgres URL [default: that of a running `tidewire dev`]
     #[arg(long, env = "TIDEWIRE_DATABASE_URL", hide_env_values = true)]
@@ -41,6 +41,20 @@ impl DatabaseArgs {
     /// # Errors
     /// As [`DatabaseArgs::database`].
     pub async fn pool(&self) -> anyhow::Result<PgPool> {
-        Ok(self.database().await?.pool().clone())
+        Ok(self.database().await?.pool())
+    }
+}
+
+/// What Postgres said, with its hint.
+#[must_use]
+pub fn explained(error: sqlx::Error) -> anyhow::Error {
+    let sqlx::Error::Database(database) = &error else { return error.into() };
+    let Some(postgres) = database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() else { return error.into() };
+    match (postgres.code(), postgres.hint()) {
+        ("3F000" | "42883", _) if postgres.message().contains("tidewire") => {
+            anyhow::anyhow!("{}: run `tidewire migrate` first", postgres.message())
+        }
+        (_, Some(hint)) => anyhow::anyhow!("{}. {hint}", postgres.message()),
+        (_, None) => anyhow::anyhow!("{}", postgres.message()),
     }
 }

@@ -254,7 +254,8 @@ impl Group {
         }
     }
 
-    /// Takes new frames and wakes everyone.
+    /// Takes new frames. Wakes nobody: that comes after the edge is moved ([`Group::wake_all`]), else a session could look
+    /// in between, find itself at the old edge, and sleep on.
     pub fn publish(&self, frames: Vec<Frame>) {
         let mut live = self.live.lock();
         for frame in frames {
@@ -268,12 +269,9 @@ impl Group {
                 live.floor = old.through;
             }
         }
-        for listener in &live.listeners {
-            listener.wake();
-        }
     }
 
-    /// Forgets all frames: what follows begins after `floor`. Wakes everyone.
+    /// Forgets all frames: what follows begins after `floor`. Wakes nobody, as [`Group::publish`].
     pub fn reset(&self, floor: Seq) {
         let mut live = self.live.lock();
         live.frames.clear();
@@ -281,9 +279,6 @@ impl Group {
         live.floor = floor;
         self.newest.store(floor, Ordering::Release);
         self.plans.forget();
-        for listener in &live.listeners {
-            listener.wake();
-        }
     }
 
     /// Wakes everyone, to look at something else than frames.

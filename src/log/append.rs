@@ -143,7 +143,8 @@ macro_rules! answer {
 // `id + 0 <= $4`: without the `+ 0` a generic plan walks the id index over every dead row.
 // A transaction that was left out before is looked at again only once its last row is inside the window; then at most
 // one row more than a batch is read of it, and its highest id is one index probe.
-const CLAIM: &str = concat!(
+/// The claim's text, for `EXPLAIN`. Reads and writes: run it through [`claim`] only.
+pub const CLAIM: &str = concat!(
     "WITH w AS MATERIALIZED (
         SELECT ctid AS t, xid, id FROM tidewire.outbox WHERE id > $4 ORDER BY id LIMIT $5),
     lim AS MATERIALIZED (SELECT count(*) = $5 AS full_window, max(id) AS last FROM w),
@@ -318,6 +319,10 @@ impl Position {
         self.newest_xid = newest.unwrap_or(LAST_XID).to_owned();
         self.unseen = running.unwrap_or("").split(',').filter(|xid| !xid.is_empty()).map(str::to_owned).collect();
         self.unseen.extend(meta.left_out.iter().chain(&meta.skipped).cloned());
+        // One that was skipped and has rows in the window is left out, too. Twice in the list, its rows would be picked
+        // twice, and the claim would take it for torn for ever.
+        self.unseen.sort_unstable();
+        self.unseen.dedup();
     }
 }
 

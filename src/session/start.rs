@@ -20,6 +20,7 @@ use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
 use crate::hub::{Edge, Tap};
 use crate::log::read;
+use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
 use crate::schema::{Lookup, Registry, TableInfo};
@@ -267,7 +268,7 @@ fn glob_resolver(
 async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, WireError> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match context.registry.lookup(name).await {
+        match within(PATIENCE, context.registry.lookup(name)).await {
             Ok(Lookup::Tracked(info)) => return Ok(info),
             Ok(Lookup::NotTracked) => {
                 let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
@@ -354,10 +355,17 @@ fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, col
 /// Waits until this node knows where the log is.
 async fn settled(context: &Context) -> Result<Edge, WireError> {
     let mut edges = context.hub.watch_edge();
-    let ready = edges.wait_for(|edge| !edge.held && edge.boundary.epoch > 0);
-    match tokio::time::timeout(PATIENCE, ready).await {
-        Ok(Ok(edge)) => Ok(*edge),
-        _ => Err(unavailable("this node does not know the log's state")),
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let edge = *edges.borrow_and_update();
+        // Current: this node has met the log's end since it last had reason to doubt, a pause of the process included.
+        if !edge.held && edge.boundary.epoch > 0 && context.follower.current() {
+            return Ok(edge);
+        }
+        if Instant::now() >= until {
+            return Err(unavailable("this node does not know the log's state"));
+        }
+        let _ = tokio::time::timeout(RETRY / 4, edges.changed()).await;
     }
 }
 
@@ -450,8 +458,9 @@ async fn after_reconcile(context: &Context, from: Edge, seq: Seq) -> Result<Edge
         }
         context.follower.reconcile();
         // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
-        if let Ok(bounds) = read::bounds(context.database.pool()).await {
-            let epochs = crate::log::incarnation::epochs(context.database.pool()).await;
+        let pool = context.database.pool();
+        if let Ok(bounds) = within(RETRY * 5, read::bounds(&pool)).await {
+            let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
             let same = epochs.is_ok_and(|(epochs, _)| epochs == context.hub.epochs());
             if same && bounds.newest < seq && !context.hub.edge().held {
                 return Ok(context.hub.edge());

@@ -73,12 +73,19 @@ impl Cluster {
         if let Some(folder) = &common.data_dir {
             command.arg("--data-dir").arg(folder);
         }
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("`tidewire dev`")?;
+        // What it tells people would stand between the figures; it is shown when it fails.
+        let told = tempfile::NamedTempFile::new().context("a file for what `tidewire dev` tells")?;
+        let stderr = told.reopen().context("a file for what `tidewire dev` tells")?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        let mut child = command.spawn().context("`tidewire dev`")?;
         let stdout = child.stdout.take().context("the output of `tidewire dev`")?;
         let mut lines = BufReader::new(stdout).lines();
         let line = tokio::time::timeout(START_LIMIT, lines.next_line()).await;
         let line = line.context("`tidewire dev` was not ready in five minutes")??;
-        let line = line.context("`tidewire dev` ended; what it said stands above")?;
+        let Some(line) = line else {
+            let told = std::fs::read_to_string(told.path()).unwrap_or_default();
+            bail!("`tidewire dev` ended: {}", told.trim());
+        };
         let announced: Announced = serde_json::from_str(&line).context("the first line of `tidewire dev --json`")?;
         Ok(Self {
             database_url: announced.database_url,

@@ -19,8 +19,10 @@ use super::{Common, database, listeners, now_us};
 
 const AGGREGATE: &str = "bench_fanout";
 const WARM_UP: Duration = Duration::from_secs(3);
-/// A subscriber's reads: frames of a batched run are tens of kilobytes.
-const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// A subscriber's reads: frames of a batched run are tens of kilobytes, those of a single one are not. (The WebSocket
+/// library clears the buffer before each read, so a large one costs.)
+const BATCHED_READ_BYTES: usize = 64 * 1024;
+const SINGLE_READ_BYTES: usize = 4 * 1024;
 /// Histograms, so that subscribers on different threads seldom wait for each other.
 const SHARDS: usize = 16;
 
@@ -105,7 +107,8 @@ async fn measure(
     let node = &cluster.nodes[0];
     let urls = [node.url.clone()];
     let table = format!("event:{AGGREGATE}");
-    let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, READ_BUFFER_BYTES).await?;
+    let read_bytes = if kind == Kind::Batched { BATCHED_READ_BYTES } else { SINGLE_READ_BYTES };
+    let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, read_bytes).await?;
     let mut tasks = listeners::read(subscribers, |number| listener(shared.clone(), number, kind));
     let mut connection = database::connect(&cluster.database_url).await?;
     let writer = async {

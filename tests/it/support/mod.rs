@@ -9,6 +9,7 @@ pub(crate) mod wire;
 
 use std::future::Future;
 use std::time::{Duration, Instant};
+pub(crate) mod relay;
 
 /// Every wait on a fact in these tests ends here, in failure. Generous: machines under load are slow, not wrong.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);

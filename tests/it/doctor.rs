@@ -1,0 +1,176 @@
+//! What the administrator's commands say: doctor, status, tables, track.
+
+use std::process::Output;
+
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tidewire::cli::doctor::{Finding, Severity, examine};
+use tidewire::postgres::Database;
+
+use crate::support::postgres::{TestDatabase, database, empty_database};
+
+async fn run(db: &TestDatabase, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
+        .execute(&db.pool)
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+async fn diagnosis(db: &TestDatabase) -> Vec<Finding> {
+    examine(&Database::new(&db.url, None, "doctor", 2).unwrap()).await
+}
+
+/// The findings of one check that need attention.
+async fn complaints(db: &TestDatabase, check: &str) -> Vec<Finding> {
+    let found = diagnosis(db).await;
+    assert!(found.iter().all(|finding| !finding.what.contains("could not be checked")), "{found:#?}");
+    found.into_iter().filter(|finding| finding.check == check && finding.severity >= Severity::Warning).collect()
+}
+
+/// Runs the program against a test's database.
+async fn tidewire(db: &TestDatabase, arguments: &[&str]) -> Output {
+    tokio::process::Command::new(env!("CARGO_BIN_EXE_tidewire"))
+        .args(arguments)
+        .env("TIDEWIRE_DATABASE_URL", &db.url)
+        .kill_on_drop(true)
+        .output()
+        .await
+        .unwrap()
+}
+
+async fn answer(db: &TestDatabase, arguments: &[&str]) -> Value {
+    let output = tidewire(db, arguments).await;
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+const ORDERS: &str = "CREATE TABLE orders (id bigint PRIMARY KEY, parent bigint, note text);
+    SELECT tidewire.track('orders', except_columns => '{note}')";
+
+#[tokio::test]
+async fn a_database_in_order_needs_nothing() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    let attention: Vec<_> = diagnosis(&db)
+        .await
+        .into_iter()
+        // The test server's minor version is what it is, and it runs without fsync.
+        .filter(|finding| finding.severity >= Severity::Warning)
+        .filter(|finding| !["version", "synchronous_commit", "fsync", "full_page_writes"].contains(&finding.check))
+        .collect();
+    assert_eq!(attention, []);
+}
+
+#[tokio::test]
+async fn a_database_without_the_schema_is_sent_to_migrate() {
+    let db = empty_database().await;
+    let found = diagnosis(&db).await;
+    let schema = found.iter().find(|finding| finding.check == "schema").unwrap();
+    assert_eq!((schema.severity, schema.run.as_deref()), (Severity::Problem, Some("tidewire migrate")));
+}
+
+#[tokio::test]
+async fn broken_triggers_come_with_what_mends_them() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    for breaking in [
+        r#"ALTER TABLE orders DISABLE TRIGGER "!tidewire""#,
+        r#"DROP TRIGGER "!tidewire_update" ON orders"#,
+        r#"DROP TRIGGER "!tidewire" ON orders; DROP TRIGGER "!tidewire_update" ON orders; DROP TRIGGER "!tidewire_truncate" ON orders"#,
+    ] {
+        run(&db, breaking).await;
+        let found = complaints(&db, "triggers").await;
+        assert_eq!(found.len(), 1, "{breaking}: {found:#?}");
+        assert_eq!(found[0].severity, Severity::Problem);
+        run(&db, found[0].run.as_deref().unwrap()).await;
+        assert_eq!(complaints(&db, "triggers").await, [], "{breaking}");
+        let except: Vec<String> =
+            sqlx::query_scalar("SELECT except_columns FROM tidewire.tracked_tables").fetch_one(&db.pool).await.unwrap();
+        assert_eq!(except, ["note"], "the options stay");
+    }
+}
+
+#[tokio::test]
+async fn a_row_trigger_that_changes_its_own_table_is_found() {
+    let db = database().await;
+    run(&db, ORDERS).await;
+    run(
+        &db,
+        "CREATE FUNCTION harmless() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO orders_log VALUES (1); RETURN NULL; END';
+         CREATE TRIGGER harmless AFTER UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION harmless()",
+    )
+    .await;
+    assert_eq!(complaints(&db, "order").await, []);
+    run(
+        &db,
+        r#"CREATE FUNCTION cascade() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN UPDATE public."orders" SET note = NEW.note WHERE parent = NEW.id; RETURN NULL; END';
+           CREATE TRIGGER cascade AFTER UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION cascade()"#,
+    )
+    .await;
+    let found = complaints(&db, "order").await;
+    assert_eq!(found.len(), 1, "{found:#?}");
+    run(&db, found[0].run.as_deref().unwrap()).await;
+    assert_eq!(complaints(&db, "order").await, [], "deferred capture keeps the order");
+}
+
+#[tokio::test]
+async fn whoever_locks_the_outbox_is_named() {
+    let db = database().await;
+    run(&db, "SELECT tidewire.emit('order', '1', 'paid', '{}')").await;
+    let mut holder = PgConnection::connect(&db.url).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut holder).await.unwrap();
+    let mut open = holder.begin().await.unwrap();
+    sqlx::query("SELECT FROM tidewire.outbox FOR UPDATE").execute(&mut *open).await.unwrap();
+    let found = complaints(&db, "outbox locks").await;
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0].run.as_deref(), Some(format!("SELECT pg_terminate_backend({pid});").as_str()));
+    open.rollback().await.unwrap();
+    assert_eq!(complaints(&db, "outbox locks").await, []);
+    let relay = complaints(&db, "relay").await;
+    assert_eq!(relay[0].severity, Severity::Problem, "an event waits and nobody leads");
+}
+
+#[tokio::test]
+async fn dead_letters_are_counted_by_reader() {
+    let db = database().await;
+    run(&db, "INSERT INTO tidewire.dead_letters (reader, error) VALUES ('relay', 'too large'), ('relay', 'too large')")
+        .await;
+    let found = complaints(&db, "dead letters").await;
+    assert!(found.len() == 1 && found[0].what.starts_with("2 events that relay"), "{found:#?}");
+}
+
+#[tokio::test]
+async fn the_commands_work_from_an_empty_database_on() {
+    let db = empty_database().await;
+    let refused = tidewire(&db, &["track", "orders"]).await;
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("tidewire migrate"), "{refused:?}");
+
+    let migrated = answer(&db, &["migrate", "--json"]).await;
+    assert_eq!(migrated["from"], 0);
+    assert_eq!(answer(&db, &["migrate", "--json"]).await["from"], migrated["to"]);
+
+    run(&db, r#"CREATE TABLE orders (id int PRIMARY KEY); CREATE UNLOGGED TABLE "Odd Name" (a int)"#).await;
+    answer(&db, &["track", "orders", "--notify", "--json"]).await;
+    let odd = answer(&db, &["track", r#"public."Odd Name""#, "--key", "a", "--no-before-image", "--json"]).await;
+    assert!(odd["warnings"][0].as_str().unwrap().contains("unlogged"), "{odd}");
+    let tables = answer(&db, &["tables", "--json"]).await;
+    assert_eq!(tables.as_array().unwrap().len(), 2);
+    assert_eq!((&tables[1]["table"], &tables[1]["channel"]), (&"public.orders".into(), &"cdc_orders".into()));
+    assert_eq!((&tables[0]["key"][0], &tables[0]["before_image"]), (&"a".into(), &false.into()));
+
+    let unknown = tidewire(&db, &["track", "nothing"]).await;
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("does not exist"), "{unknown:?}");
+
+    answer(&db, &["untrack", "orders", "--json"]).await;
+    assert_eq!(answer(&db, &["tables", "--json"]).await.as_array().unwrap().len(), 1);
+    let status = answer(&db, &["status", "--json"]).await;
+    assert_eq!(
+        (&status["leader"], &status["outbox"]["events"], &status["log"]["newest"]),
+        (&Value::Null, &0.into(), &0.into())
+    );
+    let text = tidewire(&db, &["status"]).await.stdout;
+    assert!(String::from_utf8_lossy(&text).contains("none: nothing is relayed"), "{text:?}");
+}
