@@ -45,7 +45,7 @@ async fn each_client_gets_its_slot_and_1012_at_its_time() {
             assert_eq!(wire.closed().await, 1012);
         }
     };
-    let ((), ()) = within("the drain", async { tokio::join!(going.stop(), watching) }).await;
+    let ((), ()) = within("the drain", Box::pin(async { tokio::join!(going.stop(), watching) })).await;
 }
 
 #[tokio::test]
@@ -81,7 +81,7 @@ async fn a_client_follows_a_rolling_restart_without_a_gap() {
                 client.expect_keys([seen]).await;
             }
         };
-        within("the drain", async { tokio::join!(going.stop(), reading) }).await;
+        within("the drain", Box::pin(async { tokio::join!(going.stop(), reading) })).await;
         cluster.start_again(serving).await;
     }
     assert_eq!(client.resumed().len(), 2, "{:?}", client.resumed());
