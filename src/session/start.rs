@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::scope::{OpSet, Scopes, TableAccess};
-use crate::cursor::{Cursor, EpochFault, Seq};
+use crate::cursor::{Cursor, EpochFault, MalformedCursor, Seq};
 use crate::event::Operation;
 use crate::filter::{Column, Filter};
 use crate::hub::group::{Plans, Signal};
@@ -80,10 +80,11 @@ pub async fn start(
     let wish = Wish::read(subscribe)?;
     let asked = match &subscribe.from {
         From::Now => None,
-        From::Cursor(text) | From::SnapshotIfGone(text) => Some(
-            text.parse::<Cursor>()
-                .map_err(|malformed| gone(context, ResyncReason::CursorInvalid, malformed.to_string()))?,
-        ),
+        From::Cursor(text) | From::SnapshotIfGone(text) => {
+            let parsed = text.parse::<Cursor>();
+            let refuse = |error: MalformedCursor| gone(context, ResyncReason::CursorInvalid, error.to_string());
+            Some(parsed.map_err(|error| or_snapshot(subscribe, refuse(error)))?)
+        }
         From::Snapshot => {
             let what =
                 "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
@@ -100,14 +101,7 @@ pub async fn start(
     };
     match resume(context, cursor, edge).await {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
-        Err(NotStarted::Resync(resync)) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
-            let what = format!(
-                "the cursor is gone ({}) and snapshots are not offered by this version",
-                resync.reason.as_str()
-            );
-            Err(WireError::never(ErrorCode::Unsupported, what).into())
-        }
-        Err(other) => Err(other),
+        Err(refused) => Err(or_snapshot(subscribe, refused)),
     }
 }
 
@@ -175,6 +169,18 @@ impl Wish {
             Arc::new(columns.iter().map(|column| column.as_str().into()).collect::<BTreeSet<Box<str>>>())
         });
         Ok(Self { patterns, ops, columns })
+    }
+}
+
+/// A wish that would rather have a snapshot than a resync is told that there is none.
+fn or_snapshot(subscribe: &Subscribe, refused: NotStarted) -> NotStarted {
+    match refused {
+        NotStarted::Resync(resync) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
+            let reason = resync.reason.as_str();
+            let what = format!("the cursor is gone ({reason}) and snapshots are not offered by this version");
+            WireError::never(ErrorCode::Unsupported, what).into()
+        }
+        refused => refused,
     }
 }
 
