@@ -252,7 +252,7 @@ impl Hub {
         }
         self.deliver();
         self.tell_known();
-        self.measure(now);
+        self.tick(now);
         verdict
     }
 
@@ -265,7 +265,8 @@ impl Hub {
 
     /// Lets the ring age while nothing comes in.
     pub fn tick(&self, now: Instant) {
-        self.ring.write().trim(now);
+        let delivered = self.edge().deliverable.seq;
+        self.ring.write().trim(now, delivered);
         self.measure(now);
     }
 

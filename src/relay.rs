@@ -143,7 +143,7 @@ impl Leader<'_> {
         self.ensure_partition().await?;
         if let Some(xid) = open_xid {
             tracing::info!(xid, "finishing the transaction that the log's tail left open");
-            self.relay_in_parts(&xid).await?;
+            self.relay_in_parts(&xid, stop).await?;
         }
         let mut last_event = Instant::now();
         while !stop.is_cancelled() {
@@ -153,7 +153,7 @@ impl Leader<'_> {
             }
             if let Some(xid) = &claim.oversized {
                 self.unpark().await?;
-                self.relay_in_parts(xid).await?;
+                self.relay_in_parts(xid, stop).await?;
             } else if claim.torn {
                 self.report_torn().await?;
                 tokio::time::sleep(TORN_RETRY).await;
@@ -183,9 +183,10 @@ impl Leader<'_> {
         Ok(claim)
     }
 
-    /// A transaction larger than a batch, in consecutive parts; nothing else in between.
-    async fn relay_in_parts(&mut self, xid: &str) -> Result<(), TermEnd> {
-        loop {
+    /// A transaction larger than a batch, in consecutive parts; nothing else in between. Where it stops, the next term goes
+    /// on: the log's tail says that it is open.
+    async fn relay_in_parts(&mut self, xid: &str, stop: &CancellationToken) -> Result<(), TermEnd> {
+        while !stop.is_cancelled() {
             let bounds = self.bounds();
             let began = Instant::now();
             let work = claim_part(self.connection, xid, self.newest, bounds, &mut self.interner);
@@ -198,9 +199,10 @@ impl Leader<'_> {
             self.relay.metrics.relay_parts_total.inc();
             self.appended(&claim, began).await?;
             if !claim.more {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
     fn bounds(&self) -> Bounds {
@@ -241,7 +243,7 @@ impl Leader<'_> {
     async fn ensure_partition(&mut self) -> Result<(), TermEnd> {
         let ahead = u64::from(self.relay.options.batch) * 20;
         while self.newest + ahead >= self.partition_end {
-            let all = retention::partitions(self.connection).await?;
+            let all = answered(self.relay.options.lease, retention::partitions(self.connection)).await??;
             self.partition_end = all.last().map_or(1, |partition| partition.to);
             self.relay.metrics.log_partitions.set(gauge(all.len()));
             if self.newest + ahead >= self.partition_end {
@@ -303,7 +305,7 @@ impl Leader<'_> {
         self.relay.metrics.relay_torn_claims_total.inc();
         if self.torn_reported.is_none_or(|at| at.elapsed() > TORN_REPORT_INTERVAL) {
             self.torn_reported = Some(Instant::now());
-            let holders = outbox_lock_holders(self.connection).await?;
+            let holders = answered(self.relay.options.lease, outbox_lock_holders(self.connection)).await??;
             tracing::warn!(
                 ?holders,
                 "somebody holds a row lock on the outbox: what follows it waits; end that session"

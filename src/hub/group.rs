@@ -325,6 +325,19 @@ pub struct Assembly {
     count: usize,
     first: Seq,
     last: Option<(Seq, u64)>,
+    // Where the newest transaction begins in the body.
+    transaction: Mark,
+}
+
+/// A place between two events of a frame's body.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mark {
+    // Of the comma; 0 is the body's beginning.
+    at: usize,
+    // Events before it.
+    count: usize,
+    // The seq after it.
+    first: Seq,
 }
 
 impl Assembly {
@@ -344,20 +357,35 @@ impl Assembly {
             return;
         }
         let inside = self.last.is_some_and(|(_, xid)| xid == event.xid);
-        // Only a transaction larger than a frame is cut inside.
-        let cut = if inside { self.body.len() > frame_bytes } else { begin >= FRAME_TARGET_BYTES };
-        if begin > 0 && cut {
-            let rest = self.body.split_off(begin + 1);
-            self.body.truncate(begin);
-            let end = if inside { span.previous } else { span.boundary };
-            self.cut(span.cursor(end), inside);
-            self.body = rest;
+        let mut here = Mark { at: begin, count: self.count, first: event.seq };
+        if !inside {
+            self.transaction = here;
         }
         if self.count == 0 {
             self.first = event.seq;
         }
         self.count += 1;
         self.last = Some((event.seq, event.xid));
+        let before = self.transaction;
+        if before.at > 0 && (self.body.len() > frame_bytes || (!inside && begin >= FRAME_TARGET_BYTES)) {
+            self.split(before, span.cursor(span.boundary), false);
+            here.at = here.at.saturating_sub(before.at + 1);
+            here.count -= before.count;
+        }
+        // Only a transaction larger than a frame is cut inside.
+        if inside && here.at > 0 && self.body.len() > frame_bytes {
+            self.split(here, span.cursor(span.previous), true);
+        }
+    }
+
+    /// Makes a frame of what is before `mark`.
+    fn split(&mut self, mark: Mark, cursor: Cursor, open: bool) {
+        let (rest, after) = (self.body.split_off(mark.at + 1), self.count - mark.count);
+        self.body.truncate(mark.at);
+        self.count = mark.count;
+        self.cut(cursor, open);
+        (self.body, self.count, self.first) = (rest, after, mark.first);
+        self.transaction = Mark::default();
     }
 
     fn cut(&mut self, cursor: Cursor, open: bool) {

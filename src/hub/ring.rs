@@ -117,7 +117,7 @@ impl Ring {
         self.marks.front().map_or(Duration::ZERO, |(at, _)| now.saturating_duration_since(*at))
     }
 
-    /// Takes the next events.
+    /// Takes the next events; lets go of none ([`Ring::trim`]).
     ///
     /// # Errors
     /// [`NotContiguous`]; those before the gap are in.
@@ -138,13 +138,13 @@ impl Ring {
             _ if !events.is_empty() => self.marks.push_back((now, newest)),
             _ => {}
         }
-        self.trim(now);
         verdict
     }
 
-    /// Lets go of what is too old or too much.
-    pub fn trim(&mut self, now: Instant) {
-        while self.bytes > self.max_bytes && self.events.len() > 1 {
+    /// Lets go of what is too old or too much, but of nothing after `delivered`: what has not been handed on yet may be more
+    /// than fits, when much comes at once.
+    pub fn trim(&mut self, now: Instant, delivered: Seq) {
+        while self.bytes > self.max_bytes && self.events.len() > 1 && self.base < delivered {
             self.pop();
         }
         while let Some((at, seq)) = self.marks.front().copied() {
@@ -156,8 +156,12 @@ impl Ring {
                 self.marks.pop_front();
                 continue;
             }
-            while self.base < seq && self.events.len() > MIN_EVENTS {
+            let before = self.base;
+            while self.base < seq.min(delivered) && self.events.len() > MIN_EVENTS {
                 self.pop();
+            }
+            if self.base == before {
+                break;
             }
         }
     }
@@ -252,6 +256,7 @@ mod tests {
         fn the_ring_agrees_with_a_naive_model(
             base in 0u64..50,
             script in prop::collection::vec((1usize..40, 0usize..200, 0u64..40_000), 1..60),
+            held in 0u64..2,
             asks in prop::collection::vec((0u64..3000, 0u64..3000, 0usize..50), 1..20),
         ) {
             let start = Instant::now();
@@ -263,8 +268,10 @@ mod tests {
                 let events: Vec<Event> = (0..count as u64).map(|i| event(next + i, size)).collect();
                 next += count as u64;
                 ring.append(&events, now).unwrap();
+                ring.trim(now, next - 1 - held);
                 model.extend(events);
-                prop_assert!(ring.bytes() <= 20_000 || ring.len() == 1);
+                prop_assert!(ring.base() <= next - 1 - held);
+                prop_assert!(ring.bytes() <= 20_000 || ring.len() == 1 || ring.base() == next - 1 - held);
                 prop_assert_eq!(ring.newest(), next - 1);
             }
             prop_assert_eq!(ring.bytes(), model.iter().filter(|e| e.seq > ring.base()).map(Event::bytes).sum::<usize>());
@@ -295,7 +302,7 @@ mod tests {
         let mut ring = Ring::new(0, None, Duration::from_secs(300), 64 << 20);
         let events: Vec<Event> = (1..=12_000).map(|seq| event(seq, 10)).collect();
         ring.append(&events, start).unwrap();
-        ring.trim(start + Duration::from_secs(10_000));
+        ring.trim(start + Duration::from_secs(10_000), 12_000);
         assert_eq!((ring.len(), ring.base()), (MIN_EVENTS, 2_000));
         assert_eq!(ring.id_at(2_000), Some(Uuid::from_u128(2_000)));
         assert_eq!(ring.after(1_999, 12_000, 1), Err(Gone));

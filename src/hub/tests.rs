@@ -1,5 +1,7 @@
 //! The hub's end of subscriptions that a schema change breaks.
 
+mod model;
+
 use super::*;
 use crate::auth::scope::{ColumnMask, OpSet};
 use crate::event::NewEvent;

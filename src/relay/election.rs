@@ -50,8 +50,8 @@ async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> 
     let connect = async {
         let (mut connection, incarnation) =
             relay.database.connect().await.map_err(|error| sqlx::Error::Configuration(error.into()))?;
-        settings::lead(&mut connection, relay.options.lease).await?;
-        Ok::<_, sqlx::Error>((connection, incarnation))
+        answered(relay.options.lease, settings::lead(&mut connection, relay.options.lease)).await??;
+        Ok::<_, TermEnd>((connection, incarnation))
     };
     let (mut connection, incarnation) = tokio::select! {
         connected = connect => connected?,
@@ -97,12 +97,12 @@ async fn lead(
     incarnation: &Incarnation,
 ) -> Result<Term, TermEnd> {
     let (mut feed, _) = relay.database.connect().await.map_err(|error| TermEnd::Announce(error.to_string()))?;
-    settings::announce(&mut feed).await?;
-    let feed_pid = backend_pid(&mut feed).await?;
+    answered(relay.options.lease, settings::announce(&mut feed)).await??;
+    let feed_pid = answered(relay.options.lease, backend_pid(&mut feed)).await??;
     let key = FeedKey::draw();
     let candidate = Candidate {
         node: &relay.options.node,
-        pid: backend_pid(connection).await?,
+        pid: answered(relay.options.lease, backend_pid(connection)).await??,
         feed_pid,
         feed_key: &key,
         incarnation,
@@ -142,7 +142,7 @@ async fn lead(
         swept: Instant::now(),
         torn_reported: None,
     };
-    end_former_terms(leader.connection, term.term).await?;
+    answered(relay.options.lease, end_former_terms(leader.connection, term.term)).await??;
     let open = term.open_xid.clone();
     tokio::select! {
         ended = leader.run(open, lifecycle.soft()) => ended?,

@@ -587,3 +587,6 @@ pub fn unavailable(what: &str) -> WireError {
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -104,14 +104,15 @@ async fn terms(pool: &PgPool) -> i64 {
     number(pool, "SELECT count(*) FROM tidewire.terms").await
 }
 
-/// Kills the backend that holds the leader's lock; true when there was one.
+/// Kills the backend that holds the leader's lock and has begun its term; true when there was one.
 async fn kill_leader(pool: &PgPool) -> bool {
     number(
         pool,
         &format!(
             "SELECT count(pg_terminate_backend(pid)) FROM pg_locks
              WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32 | objid::bigint) = {LEADER_LOCK}
-                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                 AND pid = (SELECT pid FROM tidewire.terms ORDER BY term DESC LIMIT 1)"
         ),
     )
     .await
