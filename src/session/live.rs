@@ -288,10 +288,10 @@ impl Session {
                 }));
             }
             Output::Stop(id) => self.places.retain(|place| place.id != id),
-            Output::Sync { xid, until } => {
+            Output::Sync { serial, xid, until } => {
                 let context = Arc::clone(&self.context);
                 self.work.push(Box::pin(async move {
-                    Done::Synced(xid, sync::find_transaction(&context, xid, until).await)
+                    Done::Synced(serial, sync::find_transaction(&context, xid, until).await)
                 }));
             }
         }
@@ -370,8 +370,8 @@ impl Session {
             Done::Started(serial, Err(NotStarted::Refused(error))) => self.machine.not_started(serial, error),
             Done::Started(serial, Err(NotStarted::Resync(resync))) => self.machine.not_resumed(serial, resync),
             Done::Page(id, page) => self.page_read(&id, page),
-            Done::Synced(xid, Ok(cursor)) => self.machine.sync_found(xid, cursor),
-            Done::Synced(xid, Err(error)) => self.machine.sync_failed(xid, &error),
+            Done::Synced(serial, Ok(cursor)) => self.machine.sync_found(serial, cursor),
+            Done::Synced(serial, Err(error)) => self.machine.sync_failed(serial, error),
         }
     }
 

@@ -62,6 +62,8 @@ pub enum Output {
     Stop(Arc<str>),
     /// Find out where this transaction stands; answer with [`Machine::sync_found`] or [`Machine::sync_failed`].
     Sync {
+        /// Tells this question from another of the same transaction.
+        serial: u64,
         /// Its id.
         xid: u64,
         /// When to give up.
@@ -96,8 +98,8 @@ struct Subscription {
 
 #[derive(Debug)]
 struct Sync {
+    serial: u64,
     tx: String,
-    xid: u64,
     until: Instant,
     target: Option<Cursor>,
 }
@@ -356,6 +358,7 @@ impl Machine {
         if !subscription.caught_up && boundary.seq >= position.seq {
             let cursor = if boundary.seq > position.seq { boundary } else { position };
             subscription.caught_up = true;
+            subscription.open &= cursor == position;
             subscription.position = Some(cursor);
             subscription.last_said = now;
             self.send(ServerMessage::CaughtUp { id: id.to_owned(), cursor });
@@ -427,23 +430,25 @@ impl Machine {
             return;
         }
         let until = now + timeout_ms.map_or(MAX_SYNC, Duration::from_millis).min(MAX_SYNC);
-        self.syncs.push(Sync { tx, xid, until, target: None });
-        self.outputs.push_back(Output::Sync { xid, until });
+        self.serial += 1;
+        self.syncs.push(Sync { serial: self.serial, tx, until, target: None });
+        self.outputs.push_back(Output::Sync { serial: self.serial, xid, until });
     }
 
     /// Everything of the transaction, or all that was there when it was found to have no events, lies up to `target`.
-    pub fn sync_found(&mut self, xid: u64, target: Cursor) {
-        for sync in self.syncs.iter_mut().filter(|sync| sync.xid == xid) {
+    pub fn sync_found(&mut self, serial: u64, target: Cursor) {
+        for sync in self.syncs.iter_mut().filter(|sync| sync.serial == serial) {
             sync.target = Some(target);
         }
         self.settle_syncs();
     }
 
     /// The sync cannot be answered.
-    pub fn sync_failed(&mut self, xid: u64, error: &WireError) {
-        let failed = self.syncs.extract_if(.., |sync| sync.xid == xid).count();
-        for _ in 0..failed {
-            self.error(None, error.clone());
+    pub fn sync_failed(&mut self, serial: u64, error: WireError) {
+        // It may have been given up already, when its time was over.
+        if let Some(index) = self.syncs.iter().position(|sync| sync.serial == serial) {
+            self.syncs.remove(index);
+            self.error(None, error);
         }
     }
 

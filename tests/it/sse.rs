@@ -32,6 +32,7 @@ async fn a_stream_carries_events_and_goes_on_after_the_last_event_id_on_another_
     drop(stream);
 
     cluster.insert("orders", 4..=6).await;
+    cluster.node(1).reached(6).await;
     let mut stream = open(cluster.node(1), &cluster.key, "table=orders&cursor=ignored", event.id.as_deref()).await;
     let mut seen = Vec::new();
     while seen.len() < 3 {

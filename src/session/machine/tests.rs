@@ -466,3 +466,71 @@ fn synced_waits_for_every_subscription_that_runs_or_starts() {
     let synced = ServerMessage::Synced { tx: "50".to_owned(), cursor: at(4) };
     assert_eq!(outputs(&mut machine), [Output::Send(synced)]);
 }
+
+/// A live subscription that has caught up at 10 while the log stands there.
+fn caught_up_at_ten() -> (Machine, Instant) {
+    let now = Instant::now();
+    let mut machine = Play::new().machine;
+    machine.message(now, r#"{"type":"subscribe","id":"a","tables":["t"]}"#);
+    let Some(Output::Start { serial, .. }) = machine.poll() else { panic!("no wish") };
+    machine.started(now, serial, at(10), None, Source::Live);
+    machine.reached(now, "a", at(10));
+    while machine.poll().is_some() {}
+    (machine, now)
+}
+
+/// Once, progress said the node's own end, and who was still reading the log lost what lay between.
+#[test]
+fn progress_never_overtakes_what_was_delivered() {
+    let (mut machine, now) = caught_up_at_ten();
+    machine.passed("a", 15);
+    let later = now + TIMING.progress;
+    machine.progress(later, true);
+    assert_eq!(machine.poll(), Some(Output::Send(ServerMessage::Progress { ids: vec!["a".into()], cursor: at(10) })));
+    machine.reached(later, "a", at(20));
+    machine.progress(later + TIMING.progress, true);
+    assert_eq!(machine.poll(), Some(Output::Send(ServerMessage::Progress { ids: vec!["a".into()], cursor: at(20) })));
+}
+
+/// Once, a position inside a transaction made progress due for ever, and the node turned on the spot.
+#[test]
+fn an_open_transaction_is_no_reason_to_turn_for_ever() {
+    let (mut machine, now) = caught_up_at_ten();
+    assert_eq!(machine.events(now, "a", at(12), true), Some(at(10)));
+    let later = now + TIMING.progress;
+    assert!(machine.progress_due(later));
+    machine.tick(later);
+    machine.progress(later, true);
+    assert_eq!(machine.poll(), None, "nothing is said inside a transaction");
+    assert!(!machine.progress_due(later) && machine.deadline() > later);
+}
+
+/// A rewound log: what was passed over in silence is not promised any more.
+#[test]
+fn after_a_rewind_progress_repeats_the_position() {
+    let (mut machine, now) = caught_up_at_ten();
+    machine.reached(now, "a", at(30));
+    machine.rewound("a");
+    machine.progress(now + TIMING.progress, true);
+    assert_eq!(machine.poll(), Some(Output::Send(ServerMessage::Progress { ids: vec!["a".into()], cursor: at(10) })));
+}
+
+#[test]
+fn a_sync_that_was_given_up_takes_no_later_one_of_its_transaction_along() {
+    let (mut machine, now) = caught_up_at_ten();
+    let mut ask = |now| {
+        machine.message(now, r#"{"type":"sync","tx":"7","timeout_ms":200}"#);
+        match machine.poll() {
+            Some(Output::Sync { serial, .. }) => serial,
+            other => panic!("{other:?}"),
+        }
+    };
+    let later = now + Duration::from_millis(200);
+    let (first, second) = (ask(now), ask(later));
+    machine.tick(later);
+    assert!(matches!(machine.poll(), Some(Output::Send(ServerMessage::Error { .. }))));
+    machine.sync_failed(first, unavailable("not over"));
+    assert_eq!(machine.poll(), None);
+    machine.sync_found(second, at(10));
+    assert!(matches!(machine.poll(), Some(Output::Send(ServerMessage::Synced { .. }))));
+}
