@@ -275,3 +275,6 @@ impl RowImage for DomainEvent<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
