@@ -210,19 +210,19 @@ impl Cluster {
             self.beat().await;
             beats += 1;
             if beats.is_multiple_of(SWEEP_EVERY) {
-                let swept = timeout(HEARTBEAT_TIMEOUT, registry::sweep(self.database.pool())).await;
+                let swept = timeout(HEARTBEAT_TIMEOUT, registry::sweep(&self.database.pool())).await;
                 if let Ok(Err(error)) = swept {
                     tracing::debug!(%error, "what dead nodes left behind stays for now");
                 }
             }
         }
-        let _ = timeout(HEARTBEAT_TIMEOUT, registry::leave(self.database.pool(), &self.identity)).await;
+        let _ = timeout(HEARTBEAT_TIMEOUT, registry::leave(&self.database.pool(), &self.identity)).await;
     }
 
     async fn beat(&self) {
         let (report, own) = ((self.report)(), self.limiter.own());
         let pool = self.database.pool();
-        let heard = timeout(HEARTBEAT_TIMEOUT, registry::heartbeat(pool, &self.identity, &report, &own)).await;
+        let heard = timeout(HEARTBEAT_TIMEOUT, registry::heartbeat(&pool, &self.identity, &report, &own)).await;
         match heard {
             Ok(Ok(heard)) => self.hear(heard),
             Ok(Err(error)) => self.fail(&error),

@@ -24,8 +24,8 @@ use crate::hub::Hub;
 use crate::log::append::Interner;
 use crate::log::incarnation::{TermKey, epoch_has_term, epochs, term_key};
 use crate::log::read;
-use crate::postgres::listen::{Heard, Listener, SCHEMA_CHANNEL, Wakeups};
-use crate::postgres::{Database, Incarnation};
+use crate::postgres::listen::{Heard, SCHEMA_CHANNEL, Wakeups, listen};
+use crate::postgres::{Database, Incarnation, within};
 use crate::relay::LEADER_CHANNEL;
 use crate::schema::Registry;
 use crate::telemetry::metrics::{Metrics, gauge};
@@ -42,6 +42,12 @@ const RETRY_BASE: Duration = Duration::from_millis(50);
 const RETRY_CAP: Duration = Duration::from_secs(1);
 /// A leader is heard every second; after this silence the LISTEN connection is not believed any more.
 const SILENCE: Duration = Duration::from_secs(3);
+/// The loop turns at least this often.
+const TURN: Duration = Duration::from_millis(500);
+/// A longer pause between two turns means that the process was stopped.
+const PAUSE: Duration = Duration::from_secs(3);
+/// Longest wait for one statement: shorter than [`PAUSE`], so that a dead connection is not taken for one.
+const STATEMENT_TIMEOUT: Duration = Duration::from_millis(2_500);
 /// Events that a starting node takes from the log into its ring.
 const WARM_EVENTS: u64 = 10_000;
 /// Keys of terms that are kept.
@@ -63,6 +69,14 @@ struct State {
     listening: AtomicBool,
     current: AtomicBool,
     last_contact: parking_lot::Mutex<Option<Instant>>,
+    last_turn: parking_lot::Mutex<Option<Instant>>,
+}
+
+impl State {
+    /// Takes note that the loop turns; gives the time since the last turn.
+    fn turn(&self) -> Duration {
+        self.last_turn.lock().replace(Instant::now()).map_or(Duration::ZERO, |at| at.elapsed())
+    }
 }
 
 impl FollowerHandle {
@@ -80,7 +94,8 @@ impl FollowerHandle {
     /// Whether the ring has met the log's end since the last doubt.
     #[must_use]
     pub fn current(&self) -> bool {
-        self.state.current.load(Ordering::Acquire)
+        // The loop turns several times a second; when it has not, the process stood still and knows nothing.
+        self.state.current.load(Ordering::Acquire) && self.state.last_turn.lock().is_some_and(|at| at.elapsed() < PAUSE)
     }
 
     /// Since when Postgres has not answered the follower; zero while it does.
@@ -118,7 +133,7 @@ pub struct Follower {
 /// What the loop wakes up for.
 enum Wake {
     Heard(Heard),
-    Unreachable,
+    Turn,
     Request,
     Incarnation,
     Tick,
@@ -162,29 +177,48 @@ impl Follower {
 
     /// Follows until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
-        let database = Arc::clone(&self.database);
-        let mut listener = Listener::new(&database, CHANNELS);
+        let suspect = Arc::new(tokio::sync::Notify::new());
+        let (listening, mut heard) = listen(Arc::clone(&self.database), CHANNELS, Arc::clone(&suspect));
+        let follow = async {
+            self.follow(&mut heard, &suspect).await;
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = listening => {}
+            () = follow => {}
+        }
+    }
+
+    async fn follow(&mut self, notifications: &mut mpsc::Receiver<Heard>, suspect: &tokio::sync::Notify) {
         let mut next_reconcile = Instant::now();
         loop {
+            let pause = self.state.turn();
+            if pause > PAUSE {
+                // Stopped, or starved: what we believe is of the past.
+                tracing::warn!(?pause, "this process stood still: reading the log before anything is answered");
+                self.doubt();
+                next_reconcile = Instant::now();
+            }
             let wake = tokio::select! {
-                () = stop.cancelled() => return,
-                heard = listener.next() => heard.map_or_else(|error| {
-                    tracing::debug!(%error, "not listening");
-                    Wake::Unreachable
-                }, Wake::Heard),
+                Some(heard) = notifications.recv() => Wake::Heard(heard),
+                () = tokio::time::sleep(TURN) => Wake::Turn,
                 Some(()) = self.requests.recv() => Wake::Request,
                 Ok(()) = self.incarnation.changed() => Wake::Incarnation,
                 () = tokio::time::sleep_until(next_reconcile.into()) => Wake::Tick,
             };
-            self.set_listening(listener.is_connected());
             let cause = match wake {
-                Wake::Heard(Heard::Lost) => Some("connect"),
-                Wake::Heard(Heard::Notification { channel, pid, payload }) => {
-                    self.notification(&channel, pid, &payload).await
+                Wake::Turn => None,
+                Wake::Heard(Heard::Lost) => {
+                    self.set_listening(true);
+                    Some("connect")
                 }
-                Wake::Unreachable => {
+                Wake::Heard(Heard::Down) => {
+                    self.set_listening(false);
                     self.doubt();
                     None
+                }
+                Wake::Heard(Heard::Notification { channel, pid, payload }) => {
+                    self.notification(&channel, pid, &payload).await
                 }
                 Wake::Request => Some("request"),
                 Wake::Incarnation => Some("incarnation"),
@@ -195,10 +229,10 @@ impl Follower {
                 let _ = self.key_changes.try_send(None);
                 self.registry.forget_strangers();
             }
-            if self.heard.elapsed() > SILENCE && listener.is_connected() {
+            if self.heard.elapsed() > SILENCE && self.state.listening.load(Ordering::Acquire) {
                 // No leader, or a connection that is dead without knowing it; a new one costs little.
                 self.heard = Instant::now();
-                listener.drop_connection();
+                suspect.notify_one();
             }
             if let Some(cause) = cause {
                 next_reconcile = Instant::now() + self.reconcile(cause).await;
@@ -290,7 +324,7 @@ impl Follower {
                 return None;
             }
             self.key_asked = Some(Instant::now());
-            let found = term_key(self.database.pool(), header.term).await.ok()??;
+            let found = self.asked(term_key(&self.database.pool(), header.term)).await.ok()??;
             let key = found.key.as_deref().and_then(FeedKey::new).map(Arc::new);
             if self.keys.len() >= MAX_KEYS
                 && let Some(oldest) = self.keys.keys().min().copied()
@@ -341,6 +375,9 @@ impl Follower {
             Err(error) => {
                 tracing::debug!(%error, cause, "the log could not be read");
                 self.doubt();
+                // Connections that were cut off silently keep their places in the pool: begin another.
+                let _ = tokio::time::timeout(STATEMENT_TIMEOUT, self.database.renew()).await;
+                self.state.turn();
                 self.retry.next_wait(1.0)
             }
         }
@@ -348,11 +385,11 @@ impl Follower {
 
     /// True: the ring has met the log's end. False: delivery is held, the database's incarnation is not vouched for yet.
     async fn catch_up(&mut self) -> Result<bool, sqlx::Error> {
-        let pool = self.database.pool();
-        let (known, newest_epoch) = epochs(pool).await?;
+        let pool = &self.database.pool();
+        let (known, newest_epoch) = self.asked(epochs(pool)).await?;
         let seen = self.incarnation.borrow().clone();
         let vouched = match (&newest_epoch, &seen) {
-            (Some(row), Some(seen)) => row.incarnation == *seen && epoch_has_term(pool, row.epoch).await?,
+            (Some(row), Some(seen)) => row.incarnation == *seen && self.asked(epoch_has_term(pool, row.epoch)).await?,
             _ => false,
         };
         if !vouched {
@@ -369,11 +406,11 @@ impl Follower {
         self.metrics.epoch.set(i64::from(known.newest()));
         if known != self.hub.epochs() && self.started {
             let start = known.start_of(known.newest()).unwrap_or_default();
-            let start_id = read::event_id(pool, start).await?;
+            let start_id = self.asked(read::event_id(pool, start)).await?;
             self.keys.clear();
             self.hub.set_epochs(known.clone(), start_id);
         }
-        let bounds = read::bounds(pool).await?;
+        let bounds = self.asked(read::bounds(pool)).await?;
         self.metrics.log_newest_seq.set(gauge(bounds.newest));
         self.hub.set_log_oldest(bounds.oldest);
         if !self.started || !self.continues(bounds).await? {
@@ -382,6 +419,13 @@ impl Follower {
         self.read_through(bounds.newest).await?;
         self.hub.hold(false);
         Ok(true)
+    }
+
+    /// One statement, bounded; the loop turns with it.
+    async fn asked<T>(&self, statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+        let answer = within(STATEMENT_TIMEOUT, statement).await;
+        self.state.turn();
+        answer
     }
 
     /// Whether the log still holds what the ring ends with.
@@ -397,7 +441,7 @@ impl Follower {
             return Ok(false);
         }
         let Some(ours) = self.hub.id_at(newest) else { return Ok(true) };
-        match read::event_id(self.database.pool(), newest).await? {
+        match self.asked(read::event_id(&self.database.pool(), newest)).await? {
             Some(theirs) if theirs != ours => {
                 tracing::error!(seq = newest, "the log differs from what this node has seen");
                 Err(sqlx::Error::Protocol("the log diverged without a new epoch".into()))
@@ -410,7 +454,7 @@ impl Follower {
     async fn begin(&mut self, bounds: read::Bounds, known: crate::cursor::Epochs) -> Result<(), sqlx::Error> {
         let oldest = bounds.oldest.saturating_sub(1);
         let base = bounds.newest.saturating_sub(WARM_EVENTS).max(oldest);
-        let base_id = read::event_id(self.database.pool(), base).await?;
+        let base_id = self.asked(read::event_id(&self.database.pool(), base)).await?;
         self.hub.restart(base, base_id, known);
         self.started = true;
         Ok(())
@@ -420,7 +464,8 @@ impl Follower {
         while self.hub.high_water() < through {
             let after = self.hub.high_water();
             self.metrics.log_queries_total.with_label_values(&["follow"]).inc();
-            let events = read::events(self.database.pool(), after, through, READ_EVENTS).await?;
+            let pool = self.database.pool();
+            let events = self.asked(read::events(&pool, after, through, READ_EVENTS)).await?;
             if events.first().is_none_or(|event| event.seq != after + 1) {
                 // Retention overtook us while we read: begin anew with the next turn.
                 self.started = false;

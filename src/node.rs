@@ -324,7 +324,9 @@ async fn prepare(context: &Context, config: &Config) -> anyhow::Result<()> {
         Wake::Notify => "notify",
         Wake::Poll => "poll",
     };
-    crate::postgres::settings::wake(context.database.pool(), mode).await?;
+    crate::postgres::settings::wake(&context.database.pool(), mode).await?;
+    // Before the first subscription: what a glob shows of a table rests on what is known of it.
+    context.registry.refresh().await?;
     Ok(())
 }
 

@@ -104,7 +104,7 @@ impl Tickets {
         .bind(TICKET_TTL.as_secs_f64())
         .bind(MAX_PENDING_TICKETS)
         .bind(SWEPT_TICKETS)
-        .execute(pool);
+        .execute(&pool);
         match answered(insert).await?.rows_affected() {
             0 => Err(TicketError::TooMany),
             _ => Ok(Ticket(text)),
@@ -126,7 +126,7 @@ impl Tickets {
              RETURNING key_id, expires_at > clock_timestamp() AS valid",
         )
         .bind(hash(ticket))
-        .fetch_optional(pool);
+        .fetch_optional(&pool);
         let row = answered(delete).await?.ok_or(TicketError::Invalid)?;
         match (row.try_get("valid"), row.try_get("key_id")) {
             (Ok(true), Ok(key_id)) => Ok(KeyId::from_stored(key_id)),

@@ -9,11 +9,19 @@ use crate::postgres::Database;
 const POOL_SIZE: u32 = 2;
 
 /// Which database
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, clap::Args)]
 pub struct DatabaseArgs {
     /// Postgres URL [default: that of a running `tidewire dev`]
     #[arg(long, env = "TIDEWIRE_DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<String>,
+}
+
+// The URL may hold a password.
+impl std::fmt::Debug for DatabaseArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shown = self.database_url.as_deref().map(crate::config::without_password);
+        f.debug_struct("DatabaseArgs").field("database_url", &shown).finish()
+    }
 }
 
 impl DatabaseArgs {
@@ -41,7 +49,7 @@ impl DatabaseArgs {
     /// # Errors
     /// As [`DatabaseArgs::database`].
     pub async fn pool(&self) -> anyhow::Result<PgPool> {
-        Ok(self.database().await?.pool().clone())
+        Ok(self.database().await?.pool())
     }
 }
 

@@ -108,7 +108,7 @@ pub async fn examine(database: &Database) -> Vec<Finding> {
             return findings;
         }
     }
-    let pool = database.pool();
+    let pool = &database.pool();
     findings.extend(server::checks(pool).await);
     match server::schema(pool).await {
         Ok(found) => {

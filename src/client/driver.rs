@@ -73,6 +73,8 @@ pub(super) struct Driver {
     pub(super) syncs: BTreeMap<Token, oneshot::Sender<Result<Cursor, ClientError>>>,
     pub(super) pings: BTreeMap<u64, (Instant, oneshot::Sender<Result<Duration, ClientError>>)>,
     pub(super) next_token: Token,
+    /// This connection's `welcome` was told.
+    pub(super) welcomed: bool,
     /// The application has dropped its `Client`.
     pub(super) orphaned: bool,
 }
@@ -214,11 +216,13 @@ impl Driver {
             let _ = reply.send(Ok(now().duration_since(since)));
         }
         self.machine.message(incoming, now());
-        if self.ready.is_some() || self.shared.serving() != self.machine.welcome().is_some() {
-            self.shared.set_server(self.machine.welcome().cloned());
-            if self.machine.welcome().is_some()
-                && let Some(ready) = self.ready.take()
-            {
+        if !self.welcomed
+            && let Some(welcome) = self.machine.welcome()
+        {
+            self.welcomed = true;
+            self.shared.set_server(Some(welcome.clone()));
+            if let Some(ready) = self.ready.take() {
+                // Whoever connects may have gone.
                 let _ = ready.send(Ok(()));
             }
         }
@@ -270,7 +274,7 @@ impl Driver {
     /// Does what the machine wants; whether an inbox is full now.
     async fn perform(&mut self, mut socket: Option<&mut Socket>) -> Result<bool, End> {
         let (mut full, mut end) = (false, None);
-        for action in self.machine.take_actions() {
+        while let Some(action) = self.machine.next_action() {
             match action {
                 Action::Send(message) => {
                     if let Some(socket) = &mut socket {
@@ -278,11 +282,7 @@ impl Driver {
                     }
                 }
                 Action::Deliver(id, delivery) => full |= self.deliver(&id, delivery),
-                Action::Answer(token, answer) => {
-                    if let Some(reply) = self.syncs.remove(&token) {
-                        let _ = reply.send(answer);
-                    }
-                }
+                Action::Answer(token, answer) => self.answer(token, answer),
                 Action::Leave(cause) => drop(end.get_or_insert(End::Lost(cause))),
                 Action::GiveUp(error) => end = Some(End::Stop(error)),
             }
@@ -309,6 +309,7 @@ impl Driver {
 
     /// What follows the end of a connection: a wait, or the client's end.
     fn ended(&mut self, end: End) -> Result<Duration, ClientError> {
+        self.welcomed = false;
         self.shared.set_server(None);
         let cause = match end {
             End::Lost(cause) => cause,
@@ -317,22 +318,39 @@ impl Driver {
         for (_, (_, reply)) in std::mem::take(&mut self.pings) {
             let _ = reply.send(Err(ClientError::Interrupted(cause.clone())));
         }
-        // What the machine wanted of the lost connection is void.
-        let _ = self.machine.take_actions();
+        // A write that failed may have left last words behind; what else was wanted of the lost connection is void.
+        if let Some(error) = self.last_words() {
+            return Err(error);
+        }
         let inboxes = &self.inboxes;
         let rewind = |id: &str| inboxes.get(id).and_then(|inbox| inbox.rewind());
         let next = self.machine.lost(cause, now(), rand::random(), &rewind);
-        let mut give_up = ClientError::Stopped;
-        for action in self.machine.take_actions() {
-            match action {
-                Action::Deliver(id, delivery) => drop(self.deliver(&id, delivery)),
-                Action::GiveUp(error) => give_up = error,
-                Action::Send(_) | Action::Answer(..) | Action::Leave(_) => {}
-            }
-        }
+        let give_up = self.last_words();
         match next {
             Next::ConnectAfter(wait) => Ok(wait),
-            Next::Stop => Err(give_up),
+            Next::Stop => Err(give_up.unwrap_or(ClientError::Stopped)),
+        }
+    }
+
+    /// Does what can be done without a connection; the reason where the machine gives up.
+    fn last_words(&mut self) -> Option<ClientError> {
+        let mut give_up = None;
+        while let Some(action) = self.machine.next_action() {
+            match action {
+                // A frame stays with the server: the resume brings it again.
+                Action::Send(_) | Action::Leave(_) | Action::Deliver(_, Delivery::Frame(_)) => {}
+                Action::Deliver(id, delivery) => drop(self.deliver(&id, delivery)),
+                Action::Answer(token, answer) => self.answer(token, answer),
+                Action::GiveUp(error) => give_up = Some(error),
+            }
+        }
+        give_up
+    }
+
+    fn answer(&mut self, token: Token, answer: Result<Cursor, ClientError>) {
+        if let Some(reply) = self.syncs.remove(&token) {
+            // Whoever asked may have gone.
+            let _ = reply.send(answer);
         }
     }
 

@@ -7,7 +7,7 @@
 //!
 //! Knows nothing of sockets, tasks and clocks: instants and dice are arguments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -72,6 +72,7 @@ enum Phase {
 
 #[derive(Debug)]
 struct Sub {
+    id: Id,
     request: Subscribe,
     phase: Phase,
     held: Option<Cursor>,
@@ -97,7 +98,7 @@ pub(super) struct Machine {
     subs: BTreeMap<Id, Sub>,
     requests: Requests,
     last_error: Option<WireError>,
-    out: Vec<Action>,
+    out: VecDeque<Action>,
 }
 
 impl Machine {
@@ -111,13 +112,13 @@ impl Machine {
             subs: BTreeMap::new(),
             requests: Requests::default(),
             last_error: None,
-            out: Vec::new(),
+            out: VecDeque::new(),
         }
     }
 
-    /// What is to be done, in order.
-    pub(super) fn take_actions(&mut self) -> Vec<Action> {
-        std::mem::take(&mut self.out)
+    /// What is to be done next.
+    pub(super) fn next_action(&mut self) -> Option<Action> {
+        self.out.pop_front()
     }
 
     /// The node that serves now.
@@ -140,7 +141,14 @@ impl Machine {
             return Err(ClientError::DuplicateId(request.id));
         }
         let id: Id = request.id.as_str().into();
-        let sub = Sub { request, phase: Phase::Waiting(None), held: None, lost_at: None, retries: new_backoff() };
+        let sub = Sub {
+            id: id.clone(),
+            request,
+            phase: Phase::Waiting(None),
+            held: None,
+            lost_at: None,
+            retries: new_backoff(),
+        };
         self.subs.insert(id.clone(), sub);
         self.ask(&id);
         Ok(())
@@ -154,7 +162,7 @@ impl Machine {
             Phase::Waiting(_) => drop(self.subs.remove(id)),
             Phase::Asked | Phase::CatchingUp | Phase::Live => {
                 sub.phase = Phase::Leaving;
-                self.out.push(Action::Send(ClientMessage::Unsubscribe { id: id.to_owned() }));
+                self.out.push_back(Action::Send(ClientMessage::Unsubscribe { id: id.to_owned() }));
             }
         }
     }
@@ -167,7 +175,7 @@ impl Machine {
 
     /// Ask for an echo of `t`.
     pub(super) fn ping(&mut self, t: u64) {
-        self.out.push(Action::Send(ClientMessage::Ping { t: Some(t.into()) }));
+        self.out.push_back(Action::Send(ClientMessage::Ping { t: Some(t.into()) }));
     }
 
     /// Anything at all came, a ping included.
@@ -225,7 +233,7 @@ impl Machine {
             ServerMessage::Unsubscribed { id } => drop(self.subs.remove(id.as_str())),
             ServerMessage::Synced { tx, cursor } => {
                 if let Some(token) = self.requests.synced(&tx) {
-                    self.out.push(Action::Answer(token, Ok(cursor)));
+                    self.out.push_back(Action::Answer(token, Ok(cursor)));
                 }
                 self.ask_next_sync(now);
             }
@@ -243,7 +251,7 @@ impl Machine {
 
     fn welcomed(&mut self, welcome: Welcome, now: Instant) {
         if welcome.version != crate::protocol::VERSION {
-            self.out.push(Action::GiveUp(ClientError::Version(welcome.version)));
+            self.out.push_back(Action::GiveUp(ClientError::Version(welcome.version)));
             return;
         }
         self.welcomed = true;
@@ -275,7 +283,7 @@ impl Machine {
             return self.end(id, Delivery::End(ClientError::Refused(WireError::never(ErrorCode::TooLarge, text))));
         }
         sub.phase = Phase::Asked;
-        self.out.push(Action::Send(message));
+        self.out.push_back(Action::Send(message));
     }
 
     fn subscribed(&mut self, id: &str, cursor: Option<Cursor>, source: Source, now: Instant) {
@@ -309,8 +317,9 @@ impl Machine {
             return self.leave(cause);
         }
         sub.held = Some(frame.cursor());
+        let id = sub.id.clone();
         self.backoff.reset();
-        self.deliver(id, Delivery::Frame(frame));
+        self.out.push_back(Action::Deliver(id, Delivery::Frame(frame)));
     }
 
     /// A position that stands in the stream; whether the subscription is there to hear of it.
@@ -335,7 +344,7 @@ impl Machine {
             if matches!(error.code, ErrorCode::Unavailable | ErrorCode::BadMessage)
                 && let Some(token) = self.requests.refuse()
             {
-                self.out.push(Action::Answer(token, Err(ClientError::Refused(error))));
+                self.out.push_back(Action::Answer(token, Err(ClientError::Refused(error))));
                 self.ask_next_sync(now);
             } else {
                 self.last_error = Some(error);
@@ -365,7 +374,7 @@ impl Machine {
         self.link = Link::Down;
         self.subs.retain(|_, sub| sub.phase != Phase::Leaving);
         if let Some(error) = cause.stops() {
-            self.out.push(Action::GiveUp(error));
+            self.out.push_back(Action::GiveUp(error));
             return Next::Stop;
         }
         let jitter = self.backoff.next_wait(dice);
@@ -374,7 +383,7 @@ impl Machine {
         let attempts = self.backoff.attempts();
         let first = if self.welcomed { u32::MAX } else { FIRST_ATTEMPTS };
         if attempts > self.attempts.unwrap_or(u32::MAX).min(first) {
-            self.out.push(Action::GiveUp(ClientError::GaveUp { attempts, last: cause }));
+            self.out.push_back(Action::GiveUp(ClientError::GaveUp { attempts, last: cause }));
             return Next::Stop;
         }
         for (id, sub) in &mut self.subs {
@@ -383,7 +392,7 @@ impl Machine {
             if sub.held.is_some() {
                 sub.lost_at.get_or_insert(now);
                 let delivery = Delivery::Disconnected { cause: cause.clone(), retry_in: wait };
-                self.out.push(Action::Deliver(id.clone(), delivery));
+                self.out.push_back(Action::Deliver(id.clone(), delivery));
             }
         }
         Next::ConnectAfter(wait)
@@ -427,7 +436,7 @@ impl Machine {
     /// Time passed.
     pub(super) fn tick(&mut self, now: Instant) {
         for token in self.requests.expired(now) {
-            self.out.push(Action::Answer(token.0, Err(ClientError::TimedOut(token.1))));
+            self.out.push_back(Action::Answer(token.0, Err(ClientError::TimedOut(token.1))));
         }
         self.ask_next_sync(now);
         match &self.link {
@@ -454,7 +463,7 @@ impl Machine {
             && let Some((tx, timeout)) = self.requests.next(now)
         {
             let timeout_ms = u64::try_from(timeout.as_millis()).ok();
-            self.out.push(Action::Send(ClientMessage::Sync { tx, timeout_ms }));
+            self.out.push_back(Action::Send(ClientMessage::Sync { tx, timeout_ms }));
         }
     }
 
@@ -465,7 +474,7 @@ impl Machine {
     }
 
     fn deliver(&mut self, id: &str, delivery: Delivery) {
-        self.out.push(Action::Deliver(id.into(), delivery));
+        self.out.push_back(Action::Deliver(id.into(), delivery));
     }
 
     /// The subscription's last word.
@@ -476,7 +485,7 @@ impl Machine {
     }
 
     fn leave(&mut self, cause: Disconnect) {
-        self.out.push(Action::Leave(cause));
+        self.out.push_back(Action::Leave(cause));
     }
 }
 

@@ -93,10 +93,6 @@ struct Shared {
 }
 
 impl Shared {
-    fn serving(&self) -> bool {
-        self.server.lock().is_some()
-    }
-
     fn set_server(&self, welcome: Option<Welcome>) {
         *self.server.lock() = welcome;
     }
@@ -136,6 +132,7 @@ impl Client {
             syncs: BTreeMap::new(),
             pings: BTreeMap::new(),
             next_token: 0,
+            welcomed: false,
             orphaned: false,
         };
         let tasks = TaskTracker::new();

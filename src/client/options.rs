@@ -14,7 +14,7 @@ use crate::protocol::message::{From as WireFrom, Subscribe};
 pub const DEFAULT_ATTEMPTS: u32 = 12;
 
 /// Bytes that a connection reads at once, unless told otherwise.
-pub const DEFAULT_READ_BUFFER_BYTES: usize = 32 * 1024;
+pub const DEFAULT_READ_BUFFER_BYTES: usize = 16 * 1024;
 
 /// Where the servers are and how to be let in.
 #[derive(Clone)]

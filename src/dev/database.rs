@@ -31,7 +31,7 @@ pub(super) async fn connect(url: &str) -> anyhow::Result<PgPool> {
     let database = Database::new(url, None, "dev", POOL_CONNECTIONS)?;
     database.probe().await?;
     database.renew().await?;
-    Ok(database.pool().clone())
+    Ok(database.pool())
 }
 
 /// Brings the schema up to date.

@@ -8,7 +8,7 @@ use moka::future::Cache;
 use crate::cursor::Seq;
 use crate::event::Event;
 use crate::log::read;
-use crate::postgres::Database;
+use crate::postgres::{Database, within};
 use crate::telemetry::metrics::Metrics;
 
 /// Events of a page.
@@ -17,6 +17,9 @@ pub const PAGE_EVENTS: u64 = 1_000;
 const CACHE_BYTES: u64 = 64 << 20;
 /// A page is read again after this: retention may have dropped it.
 const CACHE_TTL: Duration = Duration::from_secs(30);
+
+/// Longest wait for a page.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Consecutive events as the log has them.
 pub type Page = Arc<Vec<Event>>;
@@ -53,7 +56,8 @@ impl Pages {
         let read = async {
             self.metrics.log_queries_total.with_label_values(&["replay"]).inc();
             let limit = usize::try_from(PAGE_EVENTS).unwrap_or(usize::MAX);
-            read::events(self.database.pool(), first - 1, last, limit).await.map(Arc::new)
+            let pool = self.database.pool();
+            within(READ_TIMEOUT, read::events(&pool, first - 1, last, limit)).await.map(Arc::new)
         };
         self.cache.try_get_with((generation, first, last), read).await
     }

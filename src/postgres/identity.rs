@@ -1,8 +1,5 @@
 //! Which database a connection reached: its system identifier and live timeline.
 
-use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
 use sqlx::Row as _;
 use sqlx::postgres::PgConnection;
 use tokio::sync::watch;
@@ -30,28 +27,17 @@ impl Incarnation {
 #[derive(Debug)]
 pub struct Identity {
     seen: watch::Sender<Option<Incarnation>>,
-    renewed: Mutex<Option<Instant>>,
 }
 
 impl Default for Identity {
     fn default() -> Self {
-        Self { seen: watch::channel(None).0, renewed: Mutex::new(None) }
+        Self { seen: watch::channel(None).0 }
     }
 }
 
 impl Identity {
     pub(super) fn watch(&self) -> watch::Receiver<Option<Incarnation>> {
         self.seen.subscribe()
-    }
-
-    /// Connections made before now are of the past.
-    pub(super) fn renew(&self) {
-        *self.renewed.lock() = Some(Instant::now());
-    }
-
-    /// Whether a connection of this age was made after the last [`Identity::renew`].
-    pub(super) fn is_current(&self, age: Duration) -> bool {
-        self.renewed.lock().is_none_or(|renewed| age <= renewed.elapsed())
     }
 
     /// Takes note of what a new connection found.

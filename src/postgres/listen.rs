@@ -1,12 +1,15 @@
 //! LISTEN, as messages that admit loss.
 //!
-//! [`Listener::next`] says [`Heard::Lost`] after every (re)connect, since whatever was sent in between is gone; the first
+//! A listener says [`Heard::Lost`] after every (re)connect, since whatever was sent in between is gone; the first
 //! thing that a listener ever says is therefore `Lost`, once its LISTEN is in force. Correct use: on `Lost`, read the
 //! truth; then trust what follows until the next `Lost`.
 
+use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::PgListener;
+use tokio::sync::mpsc;
 
 use super::{ConnectError, Database};
 use crate::backoff::Backoff;
@@ -23,6 +26,8 @@ const RECONNECT_BASE: Duration = Duration::from_millis(50);
 pub enum Heard {
     /// LISTEN is in force anew; anything may have been missed.
     Lost,
+    /// Postgres is not reached; it is being tried again.
+    Down,
     /// A notification.
     Notification {
         /// Its channel.
@@ -34,9 +39,42 @@ pub enum Heard {
     },
 }
 
+/// Messages that wait for whoever listens; beyond, they wait in the connection and in Postgres's queue.
+const QUEUE: usize = 256;
+
+/// Listens in a task of its own, so that connecting is never cut short by whatever else its reader waits for. `suspect`
+/// lets go of the connection: it may be dead without knowing it.
+pub fn listen(
+    database: Arc<Database>,
+    channels: &'static [&'static str],
+    suspect: Arc<tokio::sync::Notify>,
+) -> (impl Future<Output = ()> + Send, mpsc::Receiver<Heard>) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let task = async move {
+        let mut listener = Listener::new(&database, channels);
+        loop {
+            let heard = tokio::select! {
+                heard = listener.next() => heard.unwrap_or_else(|error| {
+                    tracing::debug!(%error, "not listening");
+                    Heard::Down
+                }),
+                () = suspect.notified() => {
+                    listener.live = None;
+                    continue;
+                }
+                () = sender.closed() => return,
+            };
+            if sender.send(heard).await.is_err() {
+                return;
+            }
+        }
+    };
+    (task, receiver)
+}
+
 /// One LISTEN connection that mends itself.
 #[derive(Debug)]
-pub struct Listener<'a> {
+struct Listener<'a> {
     database: &'a Database,
     channels: &'static [&'static str],
     live: Option<PgListener>,
@@ -44,33 +82,11 @@ pub struct Listener<'a> {
 }
 
 impl<'a> Listener<'a> {
-    /// Prepares to listen.
-    #[must_use]
-    pub fn new(database: &'a Database, channels: &'static [&'static str]) -> Self {
+    fn new(database: &'a Database, channels: &'static [&'static str]) -> Self {
         Self { database, channels, live: None, backoff: Backoff::new(RECONNECT_BASE, RECONNECT_CAP) }
     }
 
-    /// Whether LISTEN is in force, as far as we know.
-    #[must_use]
-    pub fn is_connected(&self) -> bool {
-        self.live.is_some()
-    }
-
-    /// Lets go of the connection: the next call of [`Listener::next`] makes another.
-    pub fn drop_connection(&mut self) {
-        self.live = None;
-    }
-
-    /// What is already here, without waiting.
-    pub fn buffered(&mut self) -> Option<Heard> {
-        self.live.as_mut()?.next_buffered().map(heard)
-    }
-
-    /// The next message. Safe to cancel: a notification that was received stays in the connection's buffer.
-    ///
-    /// # Errors
-    /// One failed attempt to connect, after its back-off; call again.
-    pub async fn next(&mut self) -> Result<Heard, ConnectError> {
+    async fn next(&mut self) -> Result<Heard, ConnectError> {
         let Some(live) = self.live.as_mut() else {
             return self.connect().await;
         };

@@ -17,6 +17,7 @@ pub mod url;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _};
 use tokio::sync::watch;
@@ -68,8 +69,10 @@ pub enum ConnectError {
 #[derive(Debug)]
 pub struct Database {
     hosts: Vec<PgConnectOptions>,
-    pooled: bool,
-    pool: PgPool,
+    pooled: Option<PgConnectOptions>,
+    size: u32,
+    // Replaced, not mended: sqlx gives a silently dead connection's place in the pool back to nobody.
+    pool: ArcSwap<PgPool>,
     identity: Arc<Identity>,
 }
 
@@ -90,14 +93,14 @@ impl Database {
         };
         let identity = Arc::new(Identity::default());
         let first = pooled.clone().or_else(|| hosts.first().cloned()).ok_or(url::UrlError::NoHost)?;
-        let pool = pool(first, size, Arc::clone(&identity));
-        Ok(Self { hosts, pooled: pooled.is_some(), pool, identity })
+        let pool = ArcSwap::from_pointee(pool(first, size, Arc::clone(&identity)));
+        Ok(Self { hosts, pooled, size, pool, identity })
     }
 
     /// The pool for single statements.
     #[must_use]
-    pub const fn pool(&self) -> &PgPool {
-        &self.pool
+    pub fn pool(&self) -> PgPool {
+        PgPool::clone(&self.pool.load())
     }
 
     /// Which database the connections have found so far.
@@ -147,17 +150,16 @@ impl Database {
         Ok(options)
     }
 
-    /// Points the pool at the primary of this moment and drops every pooled connection made before.
+    /// Begins a new pool at the primary of this moment. The old one, with every connection made before, ends when its last
+    /// statement does.
     ///
     /// # Errors
     /// [`ConnectError`] when there is no primary; the pool is left alone then.
     pub async fn renew(&self) -> Result<(), ConnectError> {
         let (connection, _, options) = self.find(true).await?;
-        if !self.pooled {
-            self.pool.set_connect_options(options);
-        }
-        self.identity.renew();
-        let _ = connection.close().await;
+        let options = self.pooled.clone().unwrap_or(options);
+        self.pool.store(Arc::new(pool(options, self.size, Arc::clone(&self.identity))));
+        let _ = tokio::time::timeout(CONNECT_TIMEOUT, connection.close()).await;
         Ok(())
     }
 
@@ -192,14 +194,8 @@ impl Database {
 }
 
 fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool {
-    let made_before = Arc::clone(&identity);
     PgPoolOptions::new()
         .max_connections(size)
-        .before_acquire(move |_, meta| {
-            // Connections made before the database changed are closed, not handed out.
-            let usable = made_before.is_current(meta.age);
-            Box::pin(async move { Ok(usable) })
-        })
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(Duration::from_secs(300))
         .max_lifetime(Duration::from_secs(1800))
@@ -225,6 +221,14 @@ fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool
             })
         })
         .connect_lazy_with(options)
+}
+
+/// Waits for an answer at most `limit`: a connection that was cut off says nothing for ever.
+///
+/// # Errors
+/// Those of `work`, or a timeout.
+pub async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
 fn timed_out() -> sqlx::Error {

@@ -215,7 +215,7 @@ impl Registry {
     /// Postgres could not be asked; what was known stays.
     pub async fn refresh(&self) -> Result<(), sqlx::Error> {
         let began = self.known.read().doubts;
-        let rows = sqlx::query(ALL_TRACKED).fetch_all(self.database.pool()).await?;
+        let rows = sqlx::query(ALL_TRACKED).fetch_all(&self.database.pool()).await?;
         let read = rows.iter().map(|row| table_info(row).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
         let mut news = false;
         {
@@ -312,7 +312,7 @@ impl Registry {
                 asked.push(name);
             }
         }
-        let rows = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(self.database.pool()).await?;
+        let rows = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(&self.database.pool()).await?;
         let mut found = HashMap::with_capacity(asked.len());
         for row in &rows {
             let position: i64 = row.try_get("position")?;

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use sqlx::Row as _;
@@ -21,8 +21,13 @@ use crate::postgres::Database;
 use crate::postgres::listen::Wakeups;
 use crate::telemetry::metrics::{Metrics, gauge};
 
-/// Between two looks, for what no event trigger told. What the look costs the server is about a millisecond a table.
+/// Between two looks, for what no event trigger told.
 pub const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// The same with so many tables that looks are long: about two milliseconds a table were measured, and no more than one
+/// part in this many of a server's processor is to go into looking.
+const LOOK_SHARE: u32 = 20;
+/// And never longer than this.
+const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(30);
 /// Between two looks, however many notifications there are.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// A look that takes longer is given up with its connection.
@@ -45,6 +50,7 @@ pub async fn watch(database: Arc<Database>, wakeups: Arc<Wakeups>, metrics: Arc<
     let mut failed = false;
     loop {
         hints.mark_unchanged();
+        let began = Instant::now();
         let looked = tokio::time::timeout(LOOK_TIMEOUT, look_on(&database, &mut connection)).await;
         match looked.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer for {LOOK_TIMEOUT:?}"))) {
             Ok(found) => {
@@ -60,8 +66,9 @@ pub async fn watch(database: Arc<Database>, wakeups: Arc<Wakeups>, metrics: Arc<
                 }
             }
         }
+        let interval = (began.elapsed() * LOOK_SHARE).clamp(LOOK_INTERVAL, MAX_LOOK_INTERVAL);
         tokio::time::sleep(LOOK_PAUSE).await;
-        let _ = tokio::time::timeout(LOOK_INTERVAL, hints.changed()).await;
+        let _ = tokio::time::timeout(interval, hints.changed()).await;
     }
 }
 

@@ -24,6 +24,7 @@ use crate::hub::pages::Page;
 use crate::hub::ring::Whole;
 use crate::hub::{Pull, Tap};
 use crate::log::read::{self, Transaction};
+use crate::postgres::within;
 use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
@@ -36,6 +37,8 @@ use crate::session::{Context, Drain};
 const CARRY_EVENTS: usize = 2_000;
 /// Wait before the log is read again after a failure.
 const LOG_RETRY: Duration = Duration::from_millis(500);
+/// Longest wait for one such look.
+const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two looks at a transaction that is not relayed yet.
 const SYNC_POLL: Duration = Duration::from_millis(20);
 /// What one turn of a session skips (events that are not for it) before others get theirs.
@@ -573,10 +576,13 @@ fn refused(error: &AuthError) -> (WireError, CloseCode) {
 /// Where everything of a transaction has been numbered.
 async fn find_transaction(context: &Context, xid: u64, until: Instant) -> Result<Cursor, WireError> {
     loop {
-        let found = read::transaction(context.database.pool(), xid).await;
+        let pool = context.database.pool();
+        let found = within(SYNC_TIMEOUT, read::transaction(&pool, xid)).await;
         let seq = match found {
             Ok(Transaction::At(seq)) => Some(seq),
-            Ok(Transaction::Nothing) => read::bounds(context.database.pool()).await.ok().map(|bounds| bounds.newest),
+            Ok(Transaction::Nothing) => {
+                within(SYNC_TIMEOUT, read::bounds(&pool)).await.ok().map(|bounds| bounds.newest)
+            }
             Ok(Transaction::Future) => {
                 let what = format!("transaction {xid} has not begun: sync's tx is the text of pg_current_xact_id()");
                 return Err(WireError::never(ErrorCode::BadMessage, what));

@@ -39,6 +39,7 @@ pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
         slow_timer: None,
         pause: None,
         closing: None,
+        slow: false,
         dirty: false,
     };
     tokio::select! {
@@ -59,28 +60,26 @@ struct Served {
     pause: Option<Pin<Box<tokio::time::Sleep>>>,
     // The close frame is out; until then we wait for the client's.
     closing: Option<Pin<Box<tokio::time::Sleep>>>,
+    // Why: it accepted nothing for too long.
+    slow: bool,
     dirty: bool,
 }
 
 impl Served {
     /// True: the client was too slow.
     async fn run(mut self) -> bool {
-        std::future::poll_fn(|task| self.poll(task)).await
+        std::future::poll_fn(|task| self.poll(task)).await;
+        self.slow
     }
 
-    fn poll(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
-        if self.poll_inbound(task) {
-            return Poll::Ready(false);
+    fn poll(&mut self, task: &mut TaskContext<'_>) -> Poll<()> {
+        if self.poll_inbound(task) || self.poll_outbound(task) || self.poll_slow(task) {
+            return Poll::Ready(());
         }
-        if let Poll::Ready(over) = self.poll_outbound(task) {
-            return Poll::Ready(over);
+        match self.closing.as_mut() {
+            Some(timer) => timer.as_mut().poll(task),
+            None => Poll::Pending,
         }
-        if let Some(timer) = self.closing.as_mut()
-            && timer.as_mut().poll(task).is_ready()
-        {
-            return Poll::Ready(false);
-        }
-        self.poll_slow(task)
     }
 
     /// True: the connection is gone.
@@ -142,15 +141,16 @@ impl Served {
         true
     }
 
-    fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
+    /// True: the connection is gone.
+    fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> bool {
         let mut emitted = 0;
         loop {
             match Pin::new(&mut self.socket).poll_ready(task) {
                 Poll::Ready(Ok(())) => self.blocked_since = None,
-                Poll::Ready(Err(_)) => return Poll::Ready(false),
+                Poll::Ready(Err(_)) => return true,
                 Poll::Pending => {
                     self.blocked();
-                    return Poll::Pending;
+                    return false;
                 }
             }
             if emitted == EMITS_A_POLL {
@@ -159,14 +159,8 @@ impl Served {
             }
             let Poll::Ready(emit) = self.session.poll_emit(task) else { break };
             emitted += 1;
-            self.dirty = true;
-            if let Emit::Close(_) = emit {
-                let mut timer = Box::pin(tokio::time::sleep(CLOSE_TIMEOUT));
-                let _ = timer.as_mut().poll(task);
-                self.closing = Some(timer);
-            }
-            if Pin::new(&mut self.socket).start_send(message(emit)).is_err() {
-                return Poll::Ready(false);
+            if self.send(emit) {
+                return true;
             }
         }
         if self.dirty {
@@ -175,39 +169,52 @@ impl Served {
                     self.dirty = false;
                     self.blocked_since = None;
                 }
-                Poll::Ready(Err(_)) => return Poll::Ready(false),
+                Poll::Ready(Err(_)) => return true,
                 Poll::Pending => self.blocked(),
             }
         }
-        Poll::Pending
+        false
+    }
+
+    /// Hands one message to the socket. True: the connection is gone.
+    fn send(&mut self, emit: Emit) -> bool {
+        self.dirty = true;
+        if let Emit::Close(_) = emit {
+            self.closing = Some(Box::pin(tokio::time::sleep(CLOSE_TIMEOUT)));
+        }
+        Pin::new(&mut self.socket).start_send(message(emit)).is_err()
     }
 
     fn blocked(&mut self) {
         self.blocked_since.get_or_insert_with(Instant::now);
     }
 
-    fn poll_slow(&mut self, task: &mut TaskContext<'_>) -> Poll<bool> {
-        let Some(since) = self.blocked_since else {
+    /// A client that has accepted nothing for too long is told so. True: the connection is gone.
+    fn poll_slow(&mut self, task: &mut TaskContext<'_>) -> bool {
+        let Some(since) = self.blocked_since.filter(|_| self.closing.is_none()) else {
             self.slow_timer = None;
-            return Poll::Pending;
+            return false;
         };
         let until = since + self.slow_after;
         let timer = self.slow_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until.into())));
         if timer.deadline().into_std() < until {
             timer.as_mut().reset(until.into());
         }
-        if timer.as_mut().poll(task).is_pending() || self.closing.is_some() {
-            return Poll::Pending;
+        if timer.as_mut().poll(task).is_pending() {
+            return false;
         }
         // The goodbye goes behind what is stuck; it is written if the client reads on within the close time.
+        self.slow = true;
         self.session.close(CloseCode::Slow);
-        while let Poll::Ready(emit) = self.session.poll_emit(task) {
-            if let Emit::Close(_) = emit {
-                let _ = Pin::new(&mut self.socket).start_send(message(emit));
-                break;
+        while self.closing.is_none()
+            && let Poll::Ready(emit) = self.session.poll_emit(task)
+        {
+            // What the machine had to say before is of no use any more.
+            if matches!(emit, Emit::Close(_)) && self.send(emit) {
+                return true;
             }
         }
-        Poll::Ready(true)
+        false
     }
 }
 

@@ -13,13 +13,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::scope::{OpSet, Scopes, TableAccess};
-use crate::cursor::{Cursor, EpochFault, Seq};
+use crate::cursor::{Cursor, EpochFault, MalformedCursor, Seq};
 use crate::event::Operation;
 use crate::filter::{Column, Filter};
 use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
 use crate::hub::{Edge, Tap};
 use crate::log::read;
+use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
 use crate::schema::{Lookup, Registry, TableInfo};
@@ -79,10 +80,11 @@ pub async fn start(
     let wish = Wish::read(subscribe)?;
     let asked = match &subscribe.from {
         From::Now => None,
-        From::Cursor(text) | From::SnapshotIfGone(text) => Some(
-            text.parse::<Cursor>()
-                .map_err(|malformed| gone(context, ResyncReason::CursorInvalid, malformed.to_string()))?,
-        ),
+        From::Cursor(text) | From::SnapshotIfGone(text) => {
+            let parsed = text.parse::<Cursor>();
+            let refuse = |error: MalformedCursor| gone(context, ResyncReason::CursorInvalid, error.to_string());
+            Some(parsed.map_err(|error| or_snapshot(subscribe, refuse(error)))?)
+        }
         From::Snapshot => {
             let what =
                 "from: \"snapshot\" is not offered by this version: subscribe from now and read the table yourself";
@@ -99,14 +101,7 @@ pub async fn start(
     };
     match resume(context, cursor, edge).await {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
-        Err(NotStarted::Resync(resync)) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
-            let what = format!(
-                "the cursor is gone ({}) and snapshots are not offered by this version",
-                resync.reason.as_str()
-            );
-            Err(WireError::never(ErrorCode::Unsupported, what).into())
-        }
-        Err(other) => Err(other),
+        Err(refused) => Err(or_snapshot(subscribe, refused)),
     }
 }
 
@@ -177,6 +172,18 @@ impl Wish {
     }
 }
 
+/// A wish that would rather have a snapshot than a resync is told that there is none.
+fn or_snapshot(subscribe: &Subscribe, refused: NotStarted) -> NotStarted {
+    match refused {
+        NotStarted::Resync(resync) if matches!(subscribe.from, From::SnapshotIfGone(_)) => {
+            let reason = resync.reason.as_str();
+            let what = format!("the cursor is gone ({reason}) and snapshots are not offered by this version");
+            WireError::never(ErrorCode::Unsupported, what).into()
+        }
+        refused => refused,
+    }
+}
+
 /// What the subscription is shown, and the key that equal ones share.
 struct Planned {
     key: String,
@@ -240,6 +247,10 @@ fn glob_resolver(
         let mut plan = TablePlan::of_access(access, ops.unwrap_or(OpSet::ALL));
         let event = crate::table_name::is_event(table);
         let info = if event { None } else { registry.cached(table) };
+        if info.is_none() && !event && access.condition.is_none() {
+            // Dropped or untracked before this node began: whether it had row security nobody can say any more.
+            return None;
+        }
         if let Some(info) = &info
             && info.row_security
             && access.condition.is_none()
@@ -261,7 +272,7 @@ fn glob_resolver(
 async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, WireError> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match context.registry.lookup(name).await {
+        match within(PATIENCE, context.registry.lookup(name)).await {
             Ok(Lookup::Tracked(info)) => return Ok(info),
             Ok(Lookup::NotTracked) => {
                 let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
@@ -348,10 +359,17 @@ fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, col
 /// Waits until this node knows where the log is.
 async fn settled(context: &Context) -> Result<Edge, WireError> {
     let mut edges = context.hub.watch_edge();
-    let ready = edges.wait_for(|edge| !edge.held && edge.boundary.epoch > 0);
-    match tokio::time::timeout(PATIENCE, ready).await {
-        Ok(Ok(edge)) => Ok(*edge),
-        _ => Err(unavailable("this node does not know the log's state")),
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let edge = *edges.borrow_and_update();
+        // Current: this node has met the log's end since it last had reason to doubt, a pause of the process included.
+        if !edge.held && edge.boundary.epoch > 0 && context.follower.current() {
+            return Ok(edge);
+        }
+        if Instant::now() >= until {
+            return Err(unavailable("this node does not know the log's state"));
+        }
+        let _ = tokio::time::timeout(RETRY / 4, edges.changed()).await;
     }
 }
 
@@ -444,8 +462,9 @@ async fn after_reconcile(context: &Context, from: Edge, seq: Seq) -> Result<Edge
         }
         context.follower.reconcile();
         // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
-        if let Ok(bounds) = read::bounds(context.database.pool()).await {
-            let epochs = crate::log::incarnation::epochs(context.database.pool()).await;
+        let pool = context.database.pool();
+        if let Ok(bounds) = within(RETRY * 5, read::bounds(&pool)).await {
+            let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
             let same = epochs.is_ok_and(|(epochs, _)| epochs == context.hub.epochs());
             if same && bounds.newest < seq && !context.hub.edge().held {
                 return Ok(context.hub.edge());

@@ -134,8 +134,7 @@ async fn a_filter_tells_which_rows_enter_and_leave_it() {
     cluster.run("UPDATE orders SET note = 'y' WHERE id = 1").await;
     cluster.run("DELETE FROM orders").await;
     let events = client.events(5).await;
-    let seen: Vec<_> =
-        events.iter().map(|event| (key_of(event), event.op.as_str(), event.transition.clone())).collect();
+    let seen: Vec<_> = events.iter().map(|event| (key_of(event), event.op.as_str(), event.transition)).collect();
     assert_eq!(
         seen,
         [

@@ -137,12 +137,14 @@ async fn killed_leaders_are_followed_and_no_two_append() {
     }
     until("everything is relayed", async || events(&database.pool).await == 240).await;
     assert!(terms(&database.pool).await > killed);
-    until("one thinks that it leads", async || candidates.iter().filter(|candidate| candidate.leads()).count() == 1).await;
+    until("one thinks that it leads", async || candidates.iter().filter(|candidate| candidate.leads()).count() == 1)
+        .await;
     for candidate in candidates {
         candidate.stop().await;
     }
     assert_eq!(faults(&database.pool).await, [""; 0]);
-    let unfinished = "SELECT format('%s %s', term, reason) FROM tidewire.terms WHERE released_at IS NULL OR reason IS NULL";
+    let unfinished =
+        "SELECT format('%s %s', term, reason) FROM tidewire.terms WHERE released_at IS NULL OR reason IS NULL";
     assert_eq!(strings(&database.pool, unfinished).await, [""; 0], "every term is closed in the books");
 }
 
@@ -227,7 +229,8 @@ async fn a_leader_that_resigns_hands_over_with_its_books_closed() {
     until("it is relayed", async || events(&database.pool).await == 2).await;
     second.stop().await;
     assert_eq!(
-        strings(&database.pool, "SELECT concat_ws(' ', term, node, reason, feed_key) FROM tidewire.terms ORDER BY 1").await,
+        strings(&database.pool, "SELECT concat_ws(' ', term, node, reason, feed_key) FROM tidewire.terms ORDER BY 1")
+            .await,
         ["1 first resigned", "2 second resigned"]
     );
     assert_eq!(faults(&database.pool).await, [""; 0]);
@@ -318,7 +321,8 @@ async fn a_leader_makes_partitions_before_it_needs_them() {
     }
     until("all is relayed", async || events(&database.pool).await == 50).await;
     leader.stop().await;
-    let names: Vec<_> = partitions(&mut connection).await.unwrap().into_iter().map(|one| (one.name, one.from)).collect();
+    let names: Vec<_> =
+        partitions(&mut connection).await.unwrap().into_iter().map(|one| (one.name, one.from)).collect();
     assert_eq!(names, [("event_log_1".to_owned(), 1), ("event_log_31".to_owned(), 31)]);
     assert_eq!(faults(&database.pool).await, [""; 0]);
 }
@@ -350,6 +354,9 @@ async fn retention_drops_whole_old_partitions_and_never_the_newest_events() {
     assert_eq!(trim(&mut connection, Duration::ZERO, None).await.unwrap(), 1);
     let left: Vec<_> = partitions(&mut connection).await.unwrap().into_iter().map(|one| one.from).collect();
     assert_eq!(left, [31, 41], "the newest events stay whatever their age");
-    assert_eq!(strings(&database.pool, "SELECT to_regclass('tidewire.event_log_1')::text IS NULL || ''").await, ["true"]);
+    assert_eq!(
+        strings(&database.pool, "SELECT to_regclass('tidewire.event_log_1')::text IS NULL || ''").await,
+        ["true"]
+    );
     assert_eq!(number(&database.pool, "SELECT min(seq) FROM tidewire.event_log").await, 31);
 }

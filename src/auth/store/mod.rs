@@ -206,7 +206,7 @@ impl KeyStore {
             return Ok(());
         }
         let key_ids: Vec<KeyId> = known.keys().cloned().collect();
-        let versions = self.ask(rows::read_versions(self.database.pool(), &key_ids)).await?;
+        let versions = self.ask(rows::read_versions(&self.database.pool(), &key_ids)).await?;
         let now: HashMap<&str, (i64, bool)> =
             versions.iter().map(|(id, version, expired)| (id.as_str(), (*version, *expired))).collect();
         let mut changed = key_ids;
@@ -252,7 +252,7 @@ impl KeyStore {
         if uses.is_empty() {
             return Ok(());
         }
-        let stored = self.ask(rows::store_last_used(self.database.pool(), &uses)).await;
+        let stored = self.ask(rows::store_last_used(&self.database.pool(), &uses)).await;
         if stored.is_err() {
             for (key_id, at) in uses {
                 self.note_use(&key_id, at);
@@ -323,7 +323,7 @@ impl KeyStore {
         for _ in 0..MAX_ATTEMPTS {
             self.counters.lookups.fetch_add(1, Ordering::Relaxed);
             let mark = self.mark(key_id).load(Ordering::Acquire);
-            let row = self.ask(rows::read(self.database.pool(), std::slice::from_ref(key_id))).await?.pop();
+            let row = self.ask(rows::read(&self.database.pool(), std::slice::from_ref(key_id))).await?.pop();
             match row {
                 Some(row) => {
                     if let Some(entry) = self.adopt(row, mark) {
@@ -358,7 +358,7 @@ impl KeyStore {
 
     /// Reads these keys and holds their entries against it. Only with the turn in hand.
     async fn refresh(&self, key_ids: &[KeyId]) -> Result<(), AuthError> {
-        let read = self.ask(rows::read(self.database.pool(), key_ids)).await;
+        let read = self.ask(rows::read(&self.database.pool(), key_ids)).await;
         let now: HashMap<&str, &KeyRow> = read.iter().flatten().map(|row| (row.key_id.as_str(), row)).collect();
         for key_id in key_ids {
             let holds =

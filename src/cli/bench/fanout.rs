@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
-use sqlx::{AssertSqlSafe, PgConnection};
+use sqlx::AssertSqlSafe;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
@@ -19,8 +19,12 @@ use super::{Common, database, listeners, now_us};
 
 const AGGREGATE: &str = "bench_fanout";
 const WARM_UP: Duration = Duration::from_secs(3);
-/// A subscriber's reads: frames of a batched run are tens of kilobytes.
-const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// A subscriber's reads: frames of a batched run are tens of kilobytes, those of a single one are not. (The WebSocket
+/// library clears the buffer before each read, so a large one costs.)
+const BATCHED_READ_BYTES: usize = 64 * 1024;
+const SINGLE_READ_BYTES: usize = 4 * 1024;
+/// Writers of single rows.
+const SINGLE_WRITERS: u32 = 8;
 /// Histograms, so that subscribers on different threads seldom wait for each other.
 const SHARDS: usize = 16;
 
@@ -105,13 +109,13 @@ async fn measure(
     let node = &cluster.nodes[0];
     let urls = [node.url.clone()];
     let table = format!("event:{AGGREGATE}");
-    let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, READ_BUFFER_BYTES).await?;
+    let read_bytes = if kind == Kind::Batched { BATCHED_READ_BYTES } else { SINGLE_READ_BYTES };
+    let subscribers = listeners::connect(cluster, &urls, args.subscribers, &table, read_bytes).await?;
     let mut tasks = listeners::read(subscribers, |number| listener(shared.clone(), number, kind));
-    let mut connection = database::connect(&cluster.database_url).await?;
     let writer = async {
         match kind {
-            Kind::Batched => write_batches(args, &shared, &mut connection).await,
-            Kind::Single => write_singles(args, &mut connection).await,
+            Kind::Batched => write_batches(args, &shared, &cluster.database_url).await,
+            Kind::Single => write_singles(args, &cluster.database_url).await,
         }
     };
     let (mut rates, mut costs, mut p50, mut p99) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -190,23 +194,34 @@ impl Shared {
 }
 
 /// As many transactions as the slowest subscriber follows.
-async fn write_batches(args: &FanoutArgs, shared: &Shared, connection: &mut PgConnection) -> anyhow::Result<()> {
+async fn write_batches(args: &FanoutArgs, shared: &Shared, database_url: &str) -> anyhow::Result<()> {
+    let mut connection = database::connect(database_url).await?;
     let sql = format!("SELECT {} FROM generate_series(1, {})", emit(AGGREGATE, args.bytes), args.rows);
     loop {
         shared.room.acquire().await?.forget();
-        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut *connection).await?;
+        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut connection).await?;
     }
 }
 
-/// One row at each tick.
-async fn write_singles(args: &FanoutArgs, connection: &mut PgConnection) -> anyhow::Result<()> {
+/// One row at each tick, by several writers in turn: one alone would wait for its own commits.
+async fn write_singles(args: &FanoutArgs, database_url: &str) -> anyhow::Result<()> {
     let sql = format!("SELECT {}", emit(AGGREGATE, args.bytes));
-    let mut ticks = tokio::time::interval(Duration::from_secs(1) / args.rate.max(1));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    loop {
-        ticks.tick().await;
-        sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut *connection).await?;
-    }
+    let tick = Duration::from_secs(1) / args.rate.max(1);
+    let begun = tokio::time::Instant::now();
+    let writers = (0..SINGLE_WRITERS).map(|number| {
+        let sql = sql.clone();
+        async move {
+            let mut connection = database::connect(database_url).await?;
+            let mut ticks = tokio::time::interval_at(begun + tick * number, tick * SINGLE_WRITERS);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+            loop {
+                ticks.tick().await;
+                sqlx::query(AssertSqlSafe(sql.clone())).execute(&mut connection).await?;
+            }
+        }
+    });
+    // They end with an error only.
+    futures_util::future::try_join_all(writers).await.map(|_: Vec<()>| ())
 }
 
 struct Sample {

@@ -37,6 +37,9 @@ pub(super) struct RelayArgs {
     /// Instead of a backlog: writers at this rate and one subscriber
     #[arg(long, value_name = "EVENTS/S", num_args = 0..=1, default_missing_value = "12000", conflicts_with = "held")]
     sustained: Option<u32>,
+    /// Writing clients of a sustained run
+    #[arg(long, default_value_t = 32)]
+    clients: u32,
     /// Length of a sustained run, seconds
     #[arg(long, default_value_t = 20)]
     seconds: u64,
@@ -193,7 +196,7 @@ async fn sustained(
         });
         let duration = Duration::from_secs(args.seconds);
         let sql = format!("SELECT {}", emit(AGGREGATE, PAYLOAD_BYTES));
-        let load = Load { sql, clients: 8, rate: Some(rate), duration };
+        let load = Load { sql, clients: args.clients, rate: Some(rate), duration };
         let spinner = super::spinner(format!("{rate} single-row transactions/s for {} s", args.seconds));
         let tps = tokio::select! {
             tps = writer.run(&cluster.database_url, &load) => tps?,
@@ -213,7 +216,11 @@ async fn sustained(
     report.figure("delivered", "events/s", Some(Goal::AtLeast(10_000.0)), delivered);
     report.figure("lag, 99th percentile", "ms", None, p99);
     report.figure("lag, worst event", "ms", Some(Goal::AtMost(1000.0)), worst);
-    report.note(format!("8 writers ({}), asked for {rate} tx/s; the clock is read in the INSERT", writer.name()));
+    report.note(format!(
+        "{} writers ({}), asked for {rate} tx/s; the clock is read in the INSERT",
+        args.clients,
+        writer.name()
+    ));
     Ok(())
 }
 

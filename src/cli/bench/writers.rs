@@ -72,7 +72,7 @@ pub(super) async fn run(args: &WritersArgs, common: &Common, cluster: &Cluster) 
     report.note(format!(
         "{}; one row of {PAYLOAD_BYTES} B in each transaction. Plain: the row of the outbox into a table with the same \
          columns and primary key, without the index, the function and the trigger. No node: in a database that no node \
-         follows, so the relay is never parked. Median of pairs of runs, in turn",
+         follows, so the relay is never parked. Nobody listens to the NOTIFY trigger. Runs in turn",
         writer.name()
     ));
     Ok(report)

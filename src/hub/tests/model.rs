@@ -88,7 +88,13 @@ impl Reader {
         match pull {
             Pull::Frame(frame) => {
                 let wanted = self.wanted(log, frame.through);
-                prop_assert_eq!(&frame.body[..], &wanted.join(&b','), "after {} through {}", self.passed, frame.through);
+                prop_assert_eq!(
+                    &frame.body[..],
+                    &wanted.join(&b','),
+                    "after {} through {}",
+                    self.passed,
+                    frame.through
+                );
                 prop_assert_eq!((frame.count, frame.cursor.seq), (wanted.len(), frame.through));
                 prop_assert!(frame.first > self.passed && frame.count > 0);
                 let last = &log[usize::try_from(frame.through).unwrap() - 1];
@@ -128,11 +134,24 @@ impl Reader {
 #[derive(Clone, Debug)]
 enum Step {
     /// A transaction of rows (table, a, size), handed over in pieces of this many.
-    Transaction { rows: Vec<(bool, u8, usize)>, piece: usize },
-    Join { kind: usize, back: u64 },
-    Pull { reader: usize, times: usize },
-    Leave { reader: usize },
-    Wait { millis: u64 },
+    Transaction {
+        rows: Vec<(bool, u8, usize)>,
+        piece: usize,
+    },
+    Join {
+        kind: usize,
+        back: u64,
+    },
+    Pull {
+        reader: usize,
+        times: usize,
+    },
+    Leave {
+        reader: usize,
+    },
+    Wait {
+        millis: u64,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {

@@ -86,9 +86,14 @@ impl TestClient {
         self.client.server().map(|welcome| welcome.node)
     }
 
-    /// Says goodbye; gives the position after what was read.
-    pub(crate) async fn disconnect(mut self) -> Cursor {
+    /// Says goodbye; gives the position after what was looked at, which is all that was read.
+    pub(crate) async fn disconnect(self) -> Cursor {
         assert!(self.waiting.is_empty(), "read but not looked at: {:?}", self.waiting);
+        self.leave().await
+    }
+
+    /// Says goodbye; gives the position after what was read, looked at or not.
+    pub(crate) async fn leave(mut self) -> Cursor {
         self.subscription.ack();
         let cursor = self.subscription.position();
         within("goodbye", self.client.close()).await;

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, PgPool};
 use tidewire::auth::key::ApiKey;
@@ -16,6 +17,8 @@ use tidewire::node::Node;
 use tidewire::session::Context;
 use tidewire::telemetry::metrics::Metrics;
 use tidewire::telemetry::tracing::NoticeLayer;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -27,6 +30,10 @@ use super::proxy::Proxy;
 use super::wire::Wire;
 use super::{answered, eventually, within};
 
+/// Between two rows of a writer.
+const WRITE_INTERVAL: Duration = Duration::from_millis(3);
+/// Before a writer tries again what failed.
+const WRITE_RETRY: Duration = Duration::from_millis(20);
 /// Connections that the cluster's key may have.
 const KEY_CONNECTIONS: u32 = 100_000;
 
@@ -95,7 +102,10 @@ impl TestCluster {
             let name = format!("n{index}");
             let mut settings = settings(&name, through(url, &proxy));
             edit(&mut settings);
-            let node = Some(start_node(&settings).await);
+            let node = start_node(&settings).await;
+            // Where clients find it, also after a restart.
+            settings.listen = Some(node.address());
+            let node = Some(node);
             nodes.push(TestNode { name, proxy, settings, node, key: key.clone() });
         }
         let cluster = Self { nodes, pool, key, _database: database };
@@ -110,10 +120,6 @@ impl TestCluster {
 
     pub(crate) fn node(&self, index: usize) -> &TestNode {
         &self.nodes[index]
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.nodes.len()
     }
 
     /// The node that leads.
@@ -175,21 +181,22 @@ impl TestCluster {
         store::create_key(&self.pool, "test", &scopes, None).await.unwrap()
     }
 
-    /// A client that may use any node, beginning with `first`.
-    pub(crate) fn connect_options(&self, first: usize) -> ConnectOptions {
-        let urls = (0..self.len()).map(|offset| self.node((first + offset) % self.len()).url());
-        let options = urls.fold(None, |options: Option<ConnectOptions>, url| {
-            Some(match options {
-                None => ConnectOptions::new(url),
-                Some(options) => options.or(url),
-            })
-        });
-        options.unwrap().key(self.key.clone()).unlimited_attempts()
+    /// A client that may use any node.
+    pub(crate) fn connect_options(&self) -> ConnectOptions {
+        let mut urls = self.nodes.iter().map(TestNode::url);
+        let first = ConnectOptions::new(urls.next().expect("a node"));
+        urls.fold(first, ConnectOptions::or).key(self.key.clone()).unlimited_attempts()
     }
 
-    /// A subscriber that may use any node, beginning with `first`.
-    pub(crate) async fn client(&self, first: usize, table: &str) -> TestClient {
-        TestClient::connect(self.connect_options(first), SubscribeOptions::tables([table])).await
+    /// A subscriber that may use any node.
+    pub(crate) async fn client(&self, table: &str) -> TestClient {
+        TestClient::connect(self.connect_options(), SubscribeOptions::tables([table])).await
+    }
+
+    /// The node that serves a client.
+    pub(crate) fn serving(&self, client: &TestClient) -> usize {
+        let name = client.node().expect("the client is connected");
+        self.nodes.iter().position(|node| node.name == name).expect("a node of this cluster")
     }
 
     /// Waits until every node has what is in the log now.
@@ -214,12 +221,52 @@ impl TestCluster {
         self.nodes[index].node.take().expect("the node runs")
     }
 
-    /// Starts a stopped node again, on another port.
-    pub(crate) async fn start_again(&mut self, index: usize) {
+    /// Starts a stopped node again, on its port; it need not become ready.
+    pub(crate) async fn start_unready(&mut self, index: usize) {
         let node = &mut self.nodes[index];
         assert!(node.node.is_none(), "the node runs");
         node.node = Some(start_node(&node.settings).await);
-        node.ready().await;
+    }
+
+    /// Starts a stopped node again, on its port, and waits until it is ready.
+    pub(crate) async fn start_again(&mut self, index: usize) {
+        self.start_unready(index).await;
+        self.nodes[index].ready().await;
+    }
+
+    /// Begins to insert rows into orders, one transaction each, with ids from 1 on; whatever becomes of Postgres, each
+    /// is inserted once.
+    pub(crate) fn writer(&self) -> Writer {
+        let (pool, stop) = (self.pool.clone(), CancellationToken::new());
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            let mut id = 0;
+            while !stopped.is_cancelled() {
+                id += 1;
+                // After an error nobody knows whether it was committed; the conflict does.
+                let sql = "INSERT INTO orders (id) VALUES ($1) ON CONFLICT DO NOTHING";
+                while sqlx::query(sql).bind(id).execute(&pool).await.is_err() {
+                    tokio::time::sleep(WRITE_RETRY).await;
+                }
+                tokio::time::sleep(WRITE_INTERVAL).await;
+            }
+            id
+        });
+        Writer { stop, task }
+    }
+}
+
+/// Writes until it is stopped.
+pub(crate) struct Writer {
+    stop: CancellationToken,
+    task: JoinHandle<i64>,
+}
+
+impl Writer {
+    /// Stops; gives the last id, which is also how many rows there are.
+    pub(crate) async fn stop(self) -> i64 {
+        self.stop.cancel();
+        within("the writer's end", self.task).await.expect("the writer ends")
     }
 }
 

@@ -34,7 +34,7 @@ impl Wire {
             let name: HeaderName = name.parse().unwrap();
             request.headers_mut().append(name, value.parse().unwrap());
         }
-        match within("the upgrade", connect_async(request)).await {
+        match within("the upgrade", Box::pin(connect_async(request))).await {
             Ok((socket, _)) => Ok(Self { socket }),
             Err(Error::Http(response)) => {
                 let body = response.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default().into_owned();
@@ -52,11 +52,6 @@ impl Wire {
     /// Sends anything.
     pub(crate) async fn send(&mut self, message: Message) {
         within("sending", self.socket.send(message)).await.expect("the socket takes a message");
-    }
-
-    /// Like [`Wire::send`], for a server that may have closed already.
-    pub(crate) async fn try_send(&mut self, message: Message) -> bool {
-        within("sending", self.socket.send(message)).await.is_ok()
     }
 
     /// Subscribes from now and waits until that stands.
