@@ -136,7 +136,9 @@ async fn killed_leaders_are_followed_and_no_two_append() {
         }
     }
     until("everything is relayed", async || events(&database.pool).await == 240).await;
-    assert!(terms(&database.pool).await > killed);
+    let books =
+        "SELECT concat_ws(' ', term, node, pid, acquired_at, released_at, reason) FROM tidewire.terms ORDER BY term";
+    assert!(terms(&database.pool).await > killed, "{killed} killed: {:#?}", strings(&database.pool, books).await);
     until("one thinks that it leads", async || candidates.iter().filter(|candidate| candidate.leads()).count() == 1)
         .await;
     for candidate in candidates {

@@ -117,9 +117,15 @@ fn a_row_that_the_condition_does_not_admit_is_never_shown_not_even_to_say_that_i
     assert_eq!(shown(&plan, &update(other, [2, 9, 8, 4])), None);
 
     let leaves = shown(&plan, &update(own, other)).unwrap();
-    assert_eq!((&leaves["transition"], &leaves["key"], &leaves["before"]["a"]), (&json!("leave"), &json!({"id": 1}), &json!(1)));
+    assert_eq!(
+        (&leaves["transition"], &leaves["key"], &leaves["before"]["a"]),
+        (&json!("leave"), &json!({"id": 1}), &json!(1))
+    );
     let enters = shown(&plan, &update(other, own)).unwrap();
-    assert_eq!((&enters["transition"], &enters["key"], &enters["after"]["a"]), (&json!("enter"), &json!({"id": 1}), &json!(1)));
+    assert_eq!(
+        (&enters["transition"], &enters["key"], &enters["after"]["a"]),
+        (&json!("enter"), &json!({"id": 1}), &json!(1))
+    );
     for (value, gone) in [(&leaves, "after"), (&enters, "before")] {
         for name in [gone, "old_key", "changed"] {
             assert!(value.get(name).is_none(), "{name} of {value}");
