@@ -8,6 +8,7 @@ pub mod live;
 pub mod machine;
 pub mod socket;
 pub mod start;
+mod sync;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;

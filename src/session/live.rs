@@ -23,24 +23,19 @@ use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
 use crate::hub::ring::Whole;
 use crate::hub::{Pull, Tap};
-use crate::log::read::{self, Transaction};
-use crate::postgres::within;
 use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{Auth, ResyncReason, ServerMessage, Welcome, Window};
 use crate::session::machine::{Machine, Output, Timing, unavailable};
 use crate::session::start::{self, NotStarted, Started};
+use crate::session::sync;
 use crate::session::{Context, Drain};
 
 /// Events of the log that a session holds while it looks for the end of a transaction; by bytes the frame limit holds.
 const CARRY_EVENTS: usize = 2_000;
 /// Wait before the log is read again after a failure.
 const LOG_RETRY: Duration = Duration::from_millis(500);
-/// Longest wait for one such look.
-const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two looks at a transaction that is not relayed yet.
-const SYNC_POLL: Duration = Duration::from_millis(20);
 /// What one turn of a session skips (events that are not for it) before others get theirs.
 const SKIPS_A_TURN: usize = 16;
 
@@ -295,8 +290,9 @@ impl Session {
             Output::Stop(id) => self.places.retain(|place| place.id != id),
             Output::Sync { xid, until } => {
                 let context = Arc::clone(&self.context);
-                self.work
-                    .push(Box::pin(async move { Done::Synced(xid, find_transaction(&context, xid, until).await) }));
+                self.work.push(Box::pin(async move {
+                    Done::Synced(xid, sync::find_transaction(&context, xid, until).await)
+                }));
             }
         }
         None
@@ -571,36 +567,6 @@ fn refused(error: &AuthError) -> (WireError, CloseCode) {
         _ => WireError::never(ErrorCode::Unauthenticated, error.to_string()),
     };
     (wire, error.close_code())
-}
-
-/// Where everything of a transaction has been numbered.
-async fn find_transaction(context: &Context, xid: u64, until: Instant) -> Result<Cursor, WireError> {
-    loop {
-        let pool = context.database.pool();
-        let found = within(SYNC_TIMEOUT, read::transaction(&pool, xid)).await;
-        let seq = match found {
-            Ok(Transaction::At(seq)) => Some(seq),
-            Ok(Transaction::Nothing) => {
-                within(SYNC_TIMEOUT, read::bounds(&pool)).await.ok().map(|bounds| bounds.newest)
-            }
-            Ok(Transaction::Future) => {
-                let what = format!("transaction {xid} has not begun: sync's tx is the text of pg_current_xact_id()");
-                return Err(WireError::never(ErrorCode::BadMessage, what));
-            }
-            Ok(Transaction::Running | Transaction::Waiting) | Err(_) => None,
-        };
-        if let Some(seq) = seq {
-            let mut edges = context.hub.watch_edge();
-            let reached = edges.wait_for(|edge| !edge.held && edge.boundary.seq >= seq);
-            if let Ok(Ok(edge)) = tokio::time::timeout_at(until.into(), reached).await {
-                return Ok(edge.boundary);
-            }
-        }
-        if Instant::now() >= until {
-            return Err(unavailable("the transaction is not over, or not relayed yet"));
-        }
-        tokio::time::sleep(SYNC_POLL).await;
-    }
 }
 
 fn millis(duration: Duration) -> u64 {
