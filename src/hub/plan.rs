@@ -81,7 +81,9 @@ impl TablePlan {
             event.write_json_with(out, &event.body, show.transition);
             return true;
         }
-        if event.operation == Operation::Update && self.hides_the_whole_change(&body) {
+        // A row that enters or leaves by a hidden column must be told of: the client would keep it, or never have it.
+        let moves = show.without_before || show.without_after || matches!(show.transition, Some("enter" | "leave"));
+        if event.operation == Operation::Update && !moves && self.hides_the_whole_change(&body) {
             return false;
         }
         let mut rewritten = String::with_capacity(text.len());
@@ -275,3 +277,6 @@ impl RowImage for DomainEvent<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -104,12 +104,13 @@ async fn terms(pool: &PgPool) -> i64 {
     number(pool, "SELECT count(*) FROM tidewire.terms").await
 }
 
-/// Kills the backend that holds the leader's lock and has begun its term; true when there was one.
+/// Kills the backend that holds the leader's lock and has begun its term, and waits until it is gone; true when there was
+/// one.
 async fn kill_leader(pool: &PgPool) -> bool {
     number(
         pool,
         &format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks
+            "SELECT count(*) FILTER (WHERE pg_terminate_backend(pid, 10000)) FROM pg_locks
              WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32 | objid::bigint) = {LEADER_LOCK}
                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
                  AND pid = (SELECT pid FROM tidewire.terms ORDER BY term DESC LIMIT 1)"
@@ -136,7 +137,9 @@ async fn killed_leaders_are_followed_and_no_two_append() {
         }
     }
     until("everything is relayed", async || events(&database.pool).await == 240).await;
-    assert!(terms(&database.pool).await > killed);
+    let books =
+        "SELECT concat_ws(' ', term, node, pid, acquired_at, released_at, reason) FROM tidewire.terms ORDER BY term";
+    assert!(terms(&database.pool).await > killed, "{killed} killed: {:#?}", strings(&database.pool, books).await);
     until("one thinks that it leads", async || candidates.iter().filter(|candidate| candidate.leads()).count() == 1)
         .await;
     for candidate in candidates {

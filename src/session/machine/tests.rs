@@ -110,7 +110,7 @@ struct Bench {
     seen: HashMap<String, Seen>,
     // Said by the client and not answered so far.
     asked: HashMap<String, usize>,
-    syncs: Vec<(u64, Instant)>,
+    syncs: VecDeque<u64>,
     unanswered_syncs: usize,
     // Ids that the driver serves.
     served: HashSet<String>,
@@ -128,7 +128,7 @@ impl Bench {
             wishes: VecDeque::new(),
             seen: HashMap::new(),
             asked: HashMap::new(),
-            syncs: Vec::new(),
+            syncs: VecDeque::new(),
             unanswered_syncs: 0,
             served: HashSet::new(),
             end: 0,
@@ -157,12 +157,13 @@ impl Bench {
                 }
                 self.say(&json!({"type": "sync", "tx": xid.to_string(), "timeout_ms": 5_000}));
             }
-            Step::Grant(_) | Step::Refuse if self.authentications > 0 => {
+            Step::Grant(_) if self.authentications > 0 => {
                 self.authentications -= 1;
-                match step {
-                    Step::Grant(_) => self.machine.welcome(welcome()),
-                    _ => self.machine.refuse(refusal(), CloseCode::Unauthenticated),
-                }
+                self.machine.welcome(welcome());
+            }
+            Step::Refuse if self.authentications > 0 => {
+                self.authentications -= 1;
+                self.machine.refuse(refusal(), CloseCode::Unauthenticated);
             }
             Step::Grant(seq) => {
                 let Some((serial, _)) = self.wishes.pop_front() else { return Ok(()) };
@@ -192,14 +193,12 @@ impl Bench {
             Step::Resync(id) => self.machine.resync(self.resync(format!("s{id}"))),
             Step::Progress(current) => self.machine.progress(self.now, current),
             Step::SyncFound(seq) => {
-                if !self.syncs.is_empty() {
-                    let (xid, _) = self.syncs.remove(0);
+                if let Some(xid) = self.syncs.pop_front() {
                     self.machine.sync_found(xid, at(seq));
                 }
             }
             Step::SyncFailed => {
-                if !self.syncs.is_empty() {
-                    let (xid, _) = self.syncs.remove(0);
+                if let Some(xid) = self.syncs.pop_front() {
                     self.machine.sync_failed(xid, &unavailable("no"));
                 }
             }
@@ -277,7 +276,7 @@ impl Bench {
                 Output::Stop(id) => {
                     self.served.remove(&*id);
                 }
-                Output::Sync { xid, until } => self.syncs.push((xid, until)),
+                Output::Sync { xid, .. } => self.syncs.push_back(xid),
             }
         }
         prop_assert_eq!(self.closed, self.machine.is_closed());
