@@ -397,7 +397,7 @@ impl Session {
                         self.turn = (index + 1) % count;
                         return Next::Emit(emit);
                     }
-                    Step::Said => return Next::Again,
+                    Step::Said | Step::Begun => return Next::Again,
                     Step::Skipped if skips < SKIPS_A_TURN => skips += 1,
                     Step::Skipped => {
                         task.waker().wake_by_ref();
@@ -449,7 +449,8 @@ impl Session {
             Pull::Idle(edge) => self.idle(index, edge.held, edge.boundary, now),
             Pull::Log => {
                 self.read_log(index);
-                Step::Nothing
+                // Look again: what was just begun must be polled once, or nothing would wake us when it is done.
+                Step::Begun
             }
             Pull::Ended(ended) => {
                 let id = place.id.to_string();
@@ -541,6 +542,7 @@ impl Session {
 enum Step {
     Emit(Emit),
     Said,
+    Begun,
     Skipped,
     Nothing,
 }
