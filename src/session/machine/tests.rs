@@ -193,13 +193,13 @@ impl Bench {
             Step::Resync(id) => self.machine.resync(self.resync(format!("s{id}"))),
             Step::Progress(current) => self.machine.progress(self.now, current),
             Step::SyncFound(seq) => {
-                if let Some(xid) = self.syncs.pop_front() {
-                    self.machine.sync_found(xid, at(seq));
+                if let Some(serial) = self.syncs.pop_front() {
+                    self.machine.sync_found(serial, at(seq));
                 }
             }
             Step::SyncFailed => {
-                if let Some(xid) = self.syncs.pop_front() {
-                    self.machine.sync_failed(xid, &unavailable("no"));
+                if let Some(serial) = self.syncs.pop_front() {
+                    self.machine.sync_failed(serial, unavailable("no"));
                 }
             }
             Step::Settle => self.machine.settle_syncs(),
@@ -276,7 +276,7 @@ impl Bench {
                 Output::Stop(id) => {
                     self.served.remove(&*id);
                 }
-                Output::Sync { xid, .. } => self.syncs.push_back(xid),
+                Output::Sync { serial, .. } => self.syncs.push_back(serial),
             }
         }
         prop_assert_eq!(self.closed, self.machine.is_closed());
@@ -453,7 +453,8 @@ fn synced_waits_for_every_subscription_that_runs_or_starts() {
     machine.started(now, 1, at(1), None, Source::Live);
     machine.message(now, r#"{"type":"sync","tx":"50"}"#);
     let _ = outputs(&mut machine);
-    machine.sync_found(50, at(4));
+    // Wishes and syncs are numbered together: this is the third.
+    machine.sync_found(3, at(4));
     machine.events(now, "a", at(4), false);
     machine.settle_syncs();
     assert_eq!(outputs(&mut machine), [], "b is still starting");
@@ -469,7 +470,7 @@ fn synced_waits_for_every_subscription_that_runs_or_starts() {
 /// A live subscription that has caught up at 10 while the log stands there.
 fn caught_up_at_ten() -> (Machine, Instant) {
     let now = Instant::now();
-    let mut machine = Play::new().machine;
+    let mut machine = open(now);
     machine.message(now, r#"{"type":"subscribe","id":"a","tables":["t"]}"#);
     let Some(Output::Start { serial, .. }) = machine.poll() else { panic!("no wish") };
     machine.started(now, serial, at(10), None, Source::Live);
