@@ -199,8 +199,14 @@ impl TestCluster {
         self.nodes.iter().position(|node| node.name == name).expect("a node of this cluster")
     }
 
-    /// Waits until every node has what is in the log now.
+    /// Waits until every node has what is committed now.
     pub(crate) async fn settled(&self) {
+        let waiting = "SELECT EXISTS (SELECT FROM tidewire.outbox)";
+        answered("an empty outbox", async || {
+            let rows: bool = sqlx::query_scalar(waiting).fetch_one(&self.pool).await.unwrap();
+            (!rows).then_some(())
+        })
+        .await;
         let seq: i64 = sqlx::query_scalar("SELECT coalesce(max(seq), 0) FROM tidewire.event_log")
             .fetch_one(&self.pool)
             .await
