@@ -449,7 +449,8 @@ impl Session {
             Pull::Idle(edge) => self.idle(index, edge.held, edge.boundary, now),
             Pull::Log => {
                 self.read_log(index);
-                Step::Nothing
+                // Work that nobody has polled wakes nobody.
+                Step::Said
             }
             Pull::Ended(ended) => {
                 let id = place.id.to_string();
@@ -540,6 +541,7 @@ impl Session {
 /// What one subscription has.
 enum Step {
     Emit(Emit),
+    // The machine has something to say, or work was begun.
     Said,
     Skipped,
     Nothing,
