@@ -64,7 +64,7 @@ enum Done {
     Authenticated(Result<(Access, ConnectionGuard), (WireError, CloseCode)>),
     Renewed(Result<Access, (WireError, CloseCode)>),
     Started(u64, Result<Started, NotStarted>),
-    Page(Arc<str>, Result<Page, ()>),
+    Page(Arc<str>, u64, Result<Page, ()>),
     Synced(u64, Result<Cursor, WireError>),
 }
 
@@ -369,7 +369,7 @@ impl Session {
             Done::Started(serial, Ok(started)) => self.started(serial, started),
             Done::Started(serial, Err(NotStarted::Refused(error))) => self.machine.not_started(serial, error),
             Done::Started(serial, Err(NotStarted::Resync(resync))) => self.machine.not_resumed(serial, resync),
-            Done::Page(id, page) => self.page_read(&id, page),
+            Done::Page(id, generation, page) => self.page_read(&id, generation, page),
             Done::Synced(serial, Ok(cursor)) => self.machine.sync_found(serial, cursor),
             Done::Synced(serial, Err(error)) => self.machine.sync_failed(serial, error),
         }
@@ -514,15 +514,16 @@ impl Session {
                 // Postgres is away: the socket stays, the position waits.
                 tokio::time::sleep(LOG_RETRY).await;
             }
-            Done::Page(id, page.map_err(|_| ()))
+            Done::Page(id, edge.generation, page.map_err(|_| ()))
         }));
     }
 
-    fn page_read(&mut self, id: &Arc<str>, page: Result<Page, ()>) {
+    fn page_read(&mut self, id: &Arc<str>, generation: u64, page: Result<Page, ()>) {
         // By pointer: a later subscription of the same id is not the one that asked.
         let Some(place) = self.places.iter_mut().find(|place| Arc::ptr_eq(&place.id, id)) else { return };
         place.reading = false;
-        let Ok(page) = page else { return };
+        // A page of the log as it was before a new epoch may hold a tail that is lost.
+        let Some(page) = page.ok().filter(|_| generation == place.generation) else { return };
         let have = place.carry.last().map_or(place.passed, |event| event.seq);
         let fresh: Vec<Event> = page.iter().filter(|event| event.seq > have).cloned().collect();
         match fresh.first() {
@@ -541,6 +542,7 @@ impl Session {
 /// What one subscription has.
 enum Step {
     Emit(Emit),
+    // The machine has something to say, or work was begun.
     Said,
     Begun,
     Skipped,
