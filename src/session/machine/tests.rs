@@ -204,9 +204,8 @@ impl Bench {
             }
             Step::Settle => self.machine.settle_syncs(),
             Step::Wait(millis) => self.wait(Duration::from_millis(millis)),
-            Step::Drain(millis) => {
-                let slot = Duration::from_millis(millis);
-                self.machine.drain(self.now, slot, slot * 2);
+            Step::Drain(slot) => {
+                self.machine.drain(self.now, Duration::from_millis(slot), Duration::from_millis(slot * 2))
             }
             Step::Heard => self.machine.heard(self.now),
         }
