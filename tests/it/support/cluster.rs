@@ -369,7 +369,9 @@ fn settings(name: &str, database_url: String) -> Settings {
         node: Some(name.to_owned()),
         listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
         park_after_ms: Some(50),
-        progress_ms: Some(1_000),
+        // Longer than any test waits: what only a timer would wake is a failure, not a delay.
+        heartbeat_ms: Some(3_600_000),
+        progress_ms: Some(600_000),
         drain_window_ms: Some(500),
         drain_deadline_ms: Some(3_000),
         // Every test runs its own cluster: shared buffers are not all that is shared.
