@@ -199,17 +199,6 @@ impl TestCluster {
         self.nodes.iter().position(|node| node.name == name).expect("a node of this cluster")
     }
 
-    /// Waits until every node has what is in the log now.
-    pub(crate) async fn settled(&self) {
-        let seq: i64 = sqlx::query_scalar("SELECT coalesce(max(seq), 0) FROM tidewire.event_log")
-            .fetch_one(&self.pool)
-            .await
-            .unwrap();
-        for node in &self.nodes {
-            node.reached(seq.cast_unsigned()).await;
-        }
-    }
-
     /// Drains a node, as SIGTERM does.
     pub(crate) async fn stop(&mut self, index: usize) {
         let node = self.nodes[index].node.take().expect("the node runs");
