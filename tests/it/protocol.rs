@@ -376,7 +376,7 @@ async fn sync_answers_when_everything_of_the_transaction_has_been_sent() {
 async fn caught_up_comes_exactly_once_also_for_now_and_progress_follows_while_idle() {
     let cluster = one(|settings| settings.progress_ms = Some(100)).await;
     cluster.insert("orders", 1..=3).await;
-    cluster.settled().await;
+    cluster.node(0).reached(3).await;
     let mut wire = cluster.node(0).wire().await;
     let subscribed = wire.subscribe("now", "orders").await;
     assert_eq!((&subscribed["recovered"], &subscribed["source"]), (&Value::Null, &json!("live")));

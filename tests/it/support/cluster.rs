@@ -199,23 +199,6 @@ impl TestCluster {
         self.nodes.iter().position(|node| node.name == name).expect("a node of this cluster")
     }
 
-    /// Waits until every node has what is committed now.
-    pub(crate) async fn settled(&self) {
-        let waiting = "SELECT EXISTS (SELECT FROM tidewire.outbox)";
-        answered("an empty outbox", async || {
-            let rows: bool = sqlx::query_scalar(waiting).fetch_one(&self.pool).await.unwrap();
-            (!rows).then_some(())
-        })
-        .await;
-        let seq: i64 = sqlx::query_scalar("SELECT coalesce(max(seq), 0) FROM tidewire.event_log")
-            .fetch_one(&self.pool)
-            .await
-            .unwrap();
-        for node in &self.nodes {
-            node.reached(seq.cast_unsigned()).await;
-        }
-    }
-
     /// Drains a node, as SIGTERM does.
     pub(crate) async fn stop(&mut self, index: usize) {
         let node = self.nodes[index].node.take().expect("the node runs");
@@ -375,7 +358,9 @@ fn settings(name: &str, database_url: String) -> Settings {
         node: Some(name.to_owned()),
         listen: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
         park_after_ms: Some(50),
-        progress_ms: Some(1_000),
+        // Longer than any test waits: what only a timer would wake is a failure, not a delay.
+        heartbeat_ms: Some(3_600_000),
+        progress_ms: Some(600_000),
         drain_window_ms: Some(500),
         drain_deadline_ms: Some(3_000),
         // Every test runs its own cluster: shared buffers are not all that is shared.
