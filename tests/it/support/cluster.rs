@@ -205,7 +205,7 @@ impl TestCluster {
         within("the drain", node.stop()).await;
     }
 
-    /// Takes a node out of the cluster, to be stopped while the test looks on; see [`TestCluster::put_back`].
+    /// Takes a node out of the cluster, to be stopped while the test looks on; see [`TestCluster::start_again`].
     pub(crate) fn take_out(&mut self, index: usize) -> Node {
         self.nodes[index].node.take().expect("the node runs")
     }
