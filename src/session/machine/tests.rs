@@ -192,16 +192,8 @@ impl Bench {
             }
             Step::Resync(id) => self.machine.resync(self.resync(format!("s{id}"))),
             Step::Progress(current) => self.machine.progress(self.now, current),
-            Step::SyncFound(seq) => {
-                if let Some(serial) = self.syncs.pop_front() {
-                    self.machine.sync_found(serial, at(seq));
-                }
-            }
-            Step::SyncFailed => {
-                if let Some(serial) = self.syncs.pop_front() {
-                    self.machine.sync_failed(serial, unavailable("no"));
-                }
-            }
+            Step::SyncFound(seq) => self.judge_sync(Some(seq)),
+            Step::SyncFailed => self.judge_sync(None),
             Step::Settle => self.machine.settle_syncs(),
             Step::Wait(millis) => self.wait(Duration::from_millis(millis)),
             Step::Drain(slot) => {
@@ -210,6 +202,14 @@ impl Bench {
             Step::Heard => self.machine.heard(self.now),
         }
         self.hear()
+    }
+
+    fn judge_sync(&mut self, found: Option<u64>) {
+        match (self.syncs.pop_front(), found) {
+            (Some(serial), Some(seq)) => self.machine.sync_found(serial, at(seq)),
+            (Some(serial), None) => self.machine.sync_failed(serial, unavailable("no")),
+            (None, _) => {}
+        }
     }
 
     fn resync(&self, id: String) -> Resync {
