@@ -39,7 +39,7 @@ pub const PARK_LOCK: i64 = LEADER_LOCK + 1;
 pub const LEADER_CHANNEL: &str = "tidewire_leader";
 
 /// Wait between polls while awake without rows. An empty claim costs the server about 0.1 ms.
-const POLL_INTERVAL: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
 /// A claim of fewer events is followed by such a wait, too: each claim, announcement and wake-up of every node costs
 /// about as much for one event as for twenty, and on a busy machine that cost is what events wait for.
 const GATHER_EVENTS: usize = 32;
@@ -164,7 +164,7 @@ impl Leader<'_> {
                 self.unpark().await?;
             } else if !claim.events.is_empty() {
                 self.unpark().await?;
-                tokio::time::sleep(POLL_INTERVAL).await;
+                rest().await;
             } else {
                 self.idle(last_event.elapsed(), stop).await?;
             }
@@ -277,7 +277,7 @@ impl Leader<'_> {
         }
         if !self.parked {
             if idle < self.relay.options.park_after || !may_park {
-                tokio::time::sleep(POLL_INTERVAL).await;
+                rest().await;
             } else if self.try_park().await? {
                 // The scan after taking the lock is the next turn of the loop; hints that come from here on count.
             } else {
@@ -328,6 +328,12 @@ impl Leader<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits for [`POLL_INTERVAL`]. The runtime's timers count whole milliseconds and round up: every event would wait for them.
+async fn rest() {
+    // Fails only when the runtime shuts down.
+    let _ = tokio::task::spawn_blocking(|| std::thread::sleep(POLL_INTERVAL)).await;
 }
 
 /// Waits for an answer at most a lease long. A warning that came with it means a commit that may not be durable.
