@@ -1,0 +1,1 @@
+//! Pure: does a history keep every promise?

@@ -1,0 +1,1 @@
+//! Pure: how long things took, from a history.

@@ -1,0 +1,3 @@
+//! `chaos`: the command line of the campaign.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The protocol core as a model that is searched exhaustively.

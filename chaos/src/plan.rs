@@ -1,0 +1,1 @@
+//! One seed gives the whole plan of a run.

@@ -1,0 +1,1 @@
+//! Writers and clients of the run.
