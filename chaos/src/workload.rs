@@ -4,7 +4,6 @@
 //! and see, and judge nothing.
 
 mod client;
-pub mod extra;
 mod schema;
 pub mod truth;
 mod want;

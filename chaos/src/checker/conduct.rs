@@ -1,0 +1,153 @@
+//! Leaders, close codes, what faults saw themselves, what came late, and whether the run proves anything.
+
+use super::gather::{End, Gathered, Kind};
+use super::{CLOSE_CODES, Counts, Findings};
+use crate::history::Micros;
+
+/// From the heal to every client having caught up.
+const CAUGHT_UP: Micros = 30_000_000;
+/// Progress is promised every 5 s; twice that is late on any machine.
+const PROGRESS: Micros = 10_000_000;
+/// Answers of a balancer and of a server that cannot serve now.
+const STATUSES: [u16; 5] = [429, 500, 502, 503, 504];
+/// Fewer prove nothing.
+const DELIVERIES: u64 = 1_000;
+
+pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+    leaders(gathered, counts, findings);
+    codes(gathered, findings);
+    faults(gathered, findings);
+    progress(gathered, findings);
+    vacuous(gathered, counts, findings);
+}
+
+fn leaders(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+    counts.terms = gathered.terms.len() as u64;
+    counts.epochs = gathered.epochs.len() as u64;
+    for pair in gathered.terms.windows(2) {
+        let ((term, epoch, node, acquired, released), (next, later, other, taken, _)) = (&pair[0], &pair[1]);
+        let at = Micros::try_from(*taken).unwrap_or(0);
+        if next <= term || later < epoch || taken < acquired {
+            let text =
+                format!("term {next} of {other} in epoch {later} follows on term {term} of {node} in epoch {epoch}");
+            findings.violation("one_leader", at, text);
+        }
+        if released.is_some_and(|released| released > *taken) {
+            let text = format!("{other} began term {next} before {node} had given up term {term}");
+            findings.violation("one_leader", at, text);
+        }
+    }
+    for pair in gathered.epochs.windows(2) {
+        if pair[1].0 <= pair[0].0 || pair[1].1 < pair[0].1 {
+            let text = format!(
+                "epoch {} begins after seq {}, epoch {} after seq {}",
+                pair[1].0, pair[1].1, pair[0].0, pair[0].1
+            );
+            findings.violation("one_leader", gathered.end, text);
+        }
+    }
+}
+
+fn codes(gathered: &Gathered, findings: &mut Findings) {
+    for (at, s, code, status, cause) in &gathered.codes {
+        let known = code.is_none_or(|code| CLOSE_CODES.contains(&code))
+            && status.is_none_or(|status| STATUSES.contains(&status));
+        if !known {
+            let text = format!("subscription {s} was disconnected in a way that no document knows: {cause}");
+            findings.violation("codes", *at, text);
+        }
+        if cause.contains("follows on") {
+            findings.violation("resumable", *at, format!("subscription {s} found a gap between two frames: {cause}"));
+        }
+    }
+    for subscription in gathered.subscriptions.values() {
+        if let Some((at, error)) = &subscription.refused {
+            let text = format!(
+                "subscription {} of client {} was refused for good: {error}",
+                subscription.s, subscription.client
+            );
+            findings.violation("refused", *at, text);
+        }
+    }
+}
+
+fn faults(gathered: &Gathered, findings: &mut Findings) {
+    for (t, done) in gathered.done.values() {
+        for text in &done.violations {
+            findings.violation("fault", *t, format!("fault {} ({}): {text}", done.f, done.class));
+        }
+        if done.took && !done.progressed {
+            findings.late("progress", *t, format!("after fault {} ({}) no progress was seen", done.f, done.class));
+        }
+        if let Some(caught_up) = done.caught_up.filter(|caught_up| *caught_up > CAUGHT_UP) {
+            let seconds = caught_up as f64 / 1e6;
+            let text = format!("after fault {} ({}) clients caught up in {seconds:.1} s", done.f, done.class);
+            findings.late("caught_up", *t, text);
+        }
+    }
+    let head = gathered.log.last().map_or(0, |row| row.seq);
+    for subscription in gathered.subscriptions.values() {
+        if let Some((at, position)) = subscription.stopped
+            && position.seq < head
+            && at + 1_000_000 > gathered.end.saturating_sub(20_000_000)
+            && gathered
+                .subscriptions
+                .values()
+                .all(|other| other.client != subscription.client || other.s <= subscription.s)
+        {
+            let text = format!("subscription {} ended at seq {}, the log at {head}", subscription.s, position.seq);
+            findings.late("drain", at, text);
+        }
+    }
+    if let Some(rows) = gathered.outbox.filter(|rows| *rows > 0) {
+        findings.late("drain", gathered.end, format!("{rows} rows were left in the outbox"));
+    }
+}
+
+/// While nothing is wrong, a connected subscription hears of its position every few seconds.
+fn progress(gathered: &Gathered, findings: &mut Findings) {
+    let windows = gathered.windows();
+    let calm = |from: Micros, to: Micros| windows.iter().all(|(on, off, _)| to < *on || from > off + CAUGHT_UP);
+    for subscription in gathered.subscriptions.values() {
+        let mut heard = subscription.first.map(|(at, _)| at);
+        for step in &subscription.steps {
+            if matches!(step.kind, Kind::Lost) {
+                heard = None;
+                continue;
+            }
+            if let Some(before) = heard
+                && step.at - before > PROGRESS
+                && calm(before, step.at)
+            {
+                let text = format!(
+                    "subscription {} heard nothing for {:.1} s",
+                    subscription.s,
+                    (step.at - before) as f64 / 1e6
+                );
+                findings.late("bookmark", step.at, text);
+            }
+            heard = Some(step.at);
+        }
+    }
+}
+
+fn vacuous(gathered: &Gathered, counts: &Counts, findings: &mut Findings) {
+    let mut weak = |is: bool, text: String| {
+        if is {
+            findings.vacuous.push(text);
+        }
+    };
+    weak(counts.deliveries < DELIVERIES, format!("only {} deliveries", counts.deliveries));
+    weak(gathered.log.is_empty(), "the log was not read".into());
+    weak(counts.transactions_of_several_rows == 0, "no transaction had several rows".into());
+    weak(
+        !gathered.transactions.values().any(|t| t.end.is_some_and(|(_, end)| end == End::Fail)),
+        "no transaction was rolled back".into(),
+    );
+    let unmatched = gathered.subscriptions.values().filter(|s| !gathered.matches.contains_key(&s.want)).count();
+    weak(unmatched > 0, format!("of {unmatched} subscriptions nobody asked Postgres what they should see"));
+    for class in counts.faults.keys() {
+        let took = gathered.done.values().any(|(_, done)| done.class == *class && done.took);
+        weak(!took, format!("{class} never took effect"));
+    }
+}

@@ -1,0 +1,266 @@
+//! A history, taken apart: transactions, subscriptions, faults, and the truth from the end.
+
+use std::collections::{BTreeMap, HashMap};
+
+use tidewire::client::Cursor;
+
+use super::Counts;
+use crate::history::{FaultDone, FaultOn, Line, LogRow, Micros, Record, Want, Write};
+
+/// A transaction of a writer.
+#[derive(Debug, Default)]
+pub(super) struct Transaction {
+    pub(super) began: Micros,
+    /// When COMMIT was sent, and what it was to commit.
+    pub(super) commit: Option<(Micros, Vec<Write>)>,
+    pub(super) end: Option<(Micros, End)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Ok,
+    Fail,
+    Unknown,
+}
+
+/// What a subscription saw, in order.
+#[derive(Debug)]
+pub(super) struct Subscription {
+    pub(super) s: u32,
+    pub(super) client: u32,
+    pub(super) want: Want,
+    pub(super) asked: Option<Cursor>,
+    pub(super) first: Option<(Micros, Cursor)>,
+    pub(super) events: Vec<Seen>,
+    pub(super) steps: Vec<Step>,
+    pub(super) resync: Option<(Micros, String, Cursor)>,
+    pub(super) stopped: Option<(Micros, Cursor)>,
+    pub(super) refused: Option<(Micros, String)>,
+}
+
+/// An event in the handler.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    pub(super) at: Micros,
+    pub(super) seq: u64,
+    pub(super) fingerprint: u64,
+    /// Of the batch's cursor.
+    pub(super) epoch: u32,
+    /// The last of a batch that did not end inside a transaction.
+    pub(super) closes: bool,
+}
+
+/// A change of the position, or of the connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    pub(super) at: Micros,
+    pub(super) kind: Kind,
+    /// How many events had been handed over before it, those of its own batch included.
+    pub(super) events: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// After a batch whose first event has this seq.
+    Batch(u64, Cursor),
+    /// By a progress or a caught_up.
+    Position(Cursor),
+    Lost,
+    Resumed,
+}
+
+/// Everything that the rules look at.
+#[derive(Debug, Default)]
+pub(super) struct Gathered {
+    pub(super) counts: Counts,
+    pub(super) transactions: BTreeMap<(u32, u64), Transaction>,
+    pub(super) subscriptions: BTreeMap<u32, Subscription>,
+    pub(super) on: BTreeMap<u32, (Micros, FaultOn)>,
+    pub(super) off: BTreeMap<u32, Micros>,
+    pub(super) done: BTreeMap<u32, (Micros, FaultDone)>,
+    /// The log as it is in the end.
+    pub(super) log: Vec<LogRow>,
+    /// What lossy failovers lost.
+    pub(super) lost: Vec<LogRow>,
+    pub(super) terms: Vec<(u64, u32, String, i64, Option<i64>)>,
+    /// (epoch, the highest seq before it).
+    pub(super) epochs: Vec<(u32, u64)>,
+    pub(super) rows: BTreeMap<(String, i64), String>,
+    pub(super) matches: HashMap<Want, Vec<(u64, u64)>>,
+    pub(super) outbox: Option<u64>,
+    pub(super) codes: Vec<(Micros, u32, Option<u16>, Option<u16>, String)>,
+    pub(super) planned: Option<serde_json::Value>,
+    pub(super) end: Micros,
+}
+
+impl Gathered {
+    pub(super) fn take(&mut self, Line(t, record): Line) {
+        match record {
+            Record::Begin { .. }
+            | Record::Commit { .. }
+            | Record::Ok { .. }
+            | Record::Fail { .. }
+            | Record::Unknown { .. } => self.writer(t, record),
+            Record::Log(row) if row.branch == 0 => self.log.push(row),
+            Record::Log(row) => self.lost.push(row),
+            Record::Term { term, epoch, node, acquired, released } => {
+                self.terms.push((term, epoch, node, acquired, released));
+            }
+            Record::Epoch { epoch, start_seq, .. } => self.epochs.push((epoch, start_seq)),
+            Record::Row { table, key, val } => drop(self.rows.insert((table, key), val)),
+            Record::Matches { want, seqs } => drop(self.matches.insert(want, seqs)),
+            Record::Outbox { rows } => self.outbox = Some(rows),
+            Record::FaultOn(on) => {
+                *self.counts.faults.entry(on.class.clone()).or_default() += 1;
+                self.on.insert(on.f, (t, on));
+            }
+            Record::FaultOff { f } => drop(self.off.insert(f, t)),
+            Record::FaultDone(done) => drop(self.done.insert(done.f, (t, done))),
+            Record::FaultSkipped { .. } => {}
+            Record::Run(run) => self.planned = Some(run.plan),
+            Record::Done { .. } => self.end = t,
+            client => self.client(t, client),
+        }
+    }
+
+    fn writer(&mut self, t: Micros, record: Record) {
+        match record {
+            Record::Begin { w, n } => {
+                drop(self.transactions.insert((w, n), Transaction { began: t, ..Transaction::default() }))
+            }
+            Record::Commit { w, n, ops, .. } => {
+                self.counts.transactions_of_several_rows += u64::from(ops.len() > 1);
+                self.transactions.entry((w, n)).or_default().commit = Some((t, ops));
+            }
+            Record::Ok { w, n } => {
+                self.counts.transactions_ok += 1;
+                self.transactions.entry((w, n)).or_default().end = Some((t, End::Ok));
+            }
+            Record::Fail { w, n, .. } => {
+                self.counts.transactions_failed += 1;
+                self.transactions.entry((w, n)).or_default().end = Some((t, End::Fail));
+            }
+            Record::Unknown { w, n, .. } => {
+                self.counts.transactions_unknown += 1;
+                self.transactions.entry((w, n)).or_default().end = Some((t, End::Unknown));
+            }
+            _ => {}
+        }
+    }
+
+    fn client(&mut self, t: Micros, record: Record) {
+        if let Record::Subscribe { s, client, want, from } = record {
+            self.counts.subscriptions += 1;
+            let subscription = Subscription {
+                s,
+                client,
+                want,
+                asked: from,
+                first: None,
+                events: Vec::new(),
+                steps: Vec::new(),
+                resync: None,
+                stopped: None,
+                refused: None,
+            };
+            self.subscriptions.insert(s, subscription);
+            return;
+        }
+        match &record {
+            Record::Disconnected { s, code, status, cause } => {
+                let name = match (code, status) {
+                    (Some(code), _) => code.to_string(),
+                    (None, Some(status)) => format!("HTTP {status}"),
+                    (None, None) => "network".into(),
+                };
+                *self.counts.disconnects.entry(name).or_default() += 1;
+                self.codes.push((t, *s, *code, *status, cause.clone()));
+            }
+            Record::Subscribed { source, .. } | Record::Resumed { source, .. } => {
+                *self.counts.resumes.entry(source.clone()).or_default() += 1;
+            }
+            Record::Resync { reason, .. } => *self.counts.resyncs.entry(reason.clone()).or_default() += 1,
+            Record::Deliver { e, .. } => self.counts.deliveries += e.len() as u64,
+            _ => {}
+        }
+        let (Record::Subscribed { s, .. }
+        | Record::Deliver { s, .. }
+        | Record::Progress { s, .. }
+        | Record::CaughtUp { s, .. }
+        | Record::Disconnected { s, .. }
+        | Record::Resumed { s, .. }
+        | Record::Resync { s, .. }
+        | Record::Refused { s, .. }
+        | Record::Stop { s, .. }) = &record
+        else {
+            return;
+        };
+        let Some(subscription) = self.subscriptions.get_mut(s) else {
+            if let Record::Refused { error, .. } = record {
+                self.codes.push((t, u32::MAX, Some(0), None, error));
+            }
+            return;
+        };
+        subscription.take(t, record);
+    }
+
+    /// Faults with their times, for the texts.
+    pub(super) fn windows(&self) -> Vec<(Micros, Micros, String)> {
+        let named = |(t, on): &(Micros, FaultOn)| {
+            let off = self.off.get(&on.f).copied().unwrap_or(self.end);
+            (*t, off, format!("{} {} on {}", on.class, on.variant, on.target))
+        };
+        self.on.values().map(named).collect()
+    }
+
+    /// The epoch in which the row at `seq` of the final log was numbered.
+    pub(super) fn epoch_of(&self, seq: u64) -> u32 {
+        let owner = self.epochs.iter().rev().find(|(_, start)| *start < seq).or(self.epochs.first());
+        owner.map_or(0, |(epoch, _)| *epoch)
+    }
+
+    /// Whether a position lies in a tail that a later epoch does not have.
+    pub(super) fn diverged(&self, position: Cursor) -> bool {
+        self.epochs.iter().any(|(epoch, start)| *epoch > position.epoch && *start < position.seq)
+    }
+}
+
+impl Subscription {
+    fn take(&mut self, at: Micros, record: Record) {
+        let kind = match record {
+            Record::Subscribed { cursor, .. } => {
+                self.first = Some((at, cursor));
+                return;
+            }
+            Record::Deliver { e, cursor, open, .. } => {
+                let first = e.first().map_or(cursor.seq, |event| event.0);
+                let last = e.len().saturating_sub(1);
+                self.events.extend(e.iter().enumerate().map(|(n, event)| Seen {
+                    at,
+                    seq: event.0,
+                    fingerprint: event.1,
+                    epoch: cursor.epoch,
+                    closes: n == last && !open,
+                }));
+                Kind::Batch(first, cursor)
+            }
+            Record::Progress { cursor, .. } | Record::CaughtUp { cursor, .. } => Kind::Position(cursor),
+            Record::Disconnected { .. } => Kind::Lost,
+            Record::Resumed { .. } => Kind::Resumed,
+            Record::Resync { reason, position, .. } => {
+                self.resync = Some((at, reason, position));
+                return;
+            }
+            Record::Refused { error, .. } => {
+                self.refused = Some((at, error));
+                return;
+            }
+            Record::Stop { position, .. } => {
+                self.stopped = Some((at, position));
+                return;
+            }
+            _ => return,
+        };
+        self.steps.push(Step { at, kind, events: self.events.len() });
+    }
+}

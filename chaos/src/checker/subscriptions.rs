@@ -1,0 +1,199 @@
+//! What each subscription saw against the log: all of it, once, in order, whole, and no lie about a position.
+
+use std::collections::HashMap;
+
+use tidewire::client::Cursor;
+
+use super::gather::{Gathered, Kind, Subscription};
+use super::{Counts, Findings};
+use crate::history::{LogRow, Micros};
+
+pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+    counts.conditions = gathered.matches.len() as u64;
+    let mut lost: HashMap<u64, Vec<&LogRow>> = HashMap::new();
+    for row in &gathered.lost {
+        lost.entry(row.seq).or_default().push(row);
+    }
+    for subscription in gathered.subscriptions.values() {
+        let rules = Rules { gathered, subscription, lost: &lost };
+        rules.known(findings);
+        rules.ordered(findings);
+        rules.positions(findings);
+        rules.complete(findings);
+        rules.atomic(findings);
+        rules.resync(findings);
+    }
+}
+
+struct Rules<'a> {
+    gathered: &'a Gathered,
+    subscription: &'a Subscription,
+    lost: &'a HashMap<u64, Vec<&'a LogRow>>,
+}
+
+impl<'a> Rules<'a> {
+    fn row(&self, seq: u64) -> Option<&'a LogRow> {
+        let first = self.gathered.log.first()?.seq;
+        self.gathered.log.get(usize::try_from(seq.checked_sub(first)?).ok()?).filter(|row| row.seq == seq)
+    }
+
+    fn name(&self) -> String {
+        format!("subscription {} of client {}", self.subscription.s, self.subscription.client)
+    }
+
+    /// Each event stands in the log under its number, byte for byte, or in a tail that was lost later.
+    fn known(&self, findings: &mut Findings) {
+        for event in &self.subscription.events {
+            let kept = self.gathered.epoch_of(event.seq) <= event.epoch;
+            let row = if kept { self.row(event.seq) } else { None };
+            if row.is_some_and(|row| row.fingerprint == event.fingerprint) {
+                continue;
+            }
+            let tails = self.lost.get(&event.seq).map_or(&[][..], Vec::as_slice);
+            if !kept && tails.iter().any(|row| row.fingerprint == event.fingerprint) {
+                continue;
+            }
+            let (rule, why) = match (kept, row, tails.is_empty()) {
+                (true, Some(_), _) => ("same_log", "another event stands there in the log"),
+                (true, None, _) => ("durable", "the log has nothing there"),
+                (false, _, true) => ("durable", "no lost tail has anything there"),
+                (false, _, false) => ("same_log", "another event stands there in the lost tail"),
+            };
+            let text = format!("{} saw seq {} (epoch {}): {why}", self.name(), event.seq, event.epoch);
+            findings.violation(rule, event.at, text);
+        }
+    }
+
+    fn ordered(&self, findings: &mut Findings) {
+        for pair in self.subscription.events.windows(2) {
+            if pair[1].seq <= pair[0].seq {
+                let rule = if pair[1].seq == pair[0].seq { "unique" } else { "ordered" };
+                let text = format!("{} saw seq {} after seq {}", self.name(), pair[1].seq, pair[0].seq);
+                findings.violation(rule, pair[1].at, text);
+            }
+        }
+    }
+
+    /// Positions never go back, no event comes after a position that covers it, and nobody goes on past a lost tail.
+    fn positions(&self, findings: &mut Findings) {
+        let Some((began, first)) = self.subscription.first else { return };
+        if let Some(asked) = self.subscription.asked
+            && first != asked
+        {
+            let text = format!("{} asked to go on after {asked} and was begun after {first}", self.name());
+            findings.violation("resumable", began, text);
+        }
+        let mut held = first;
+        for step in &self.subscription.steps {
+            let (event, cursor) = match step.kind {
+                Kind::Batch(event, cursor) => (Some(event), cursor),
+                Kind::Position(cursor) => (None, cursor),
+                Kind::Lost | Kind::Resumed => continue,
+            };
+            if let Some(event) = event
+                && event <= held.seq
+            {
+                let text = format!("{} saw seq {event} although its position was {held} already", self.name());
+                findings.violation("bookmark", step.at, text);
+            }
+            if (cursor.epoch, cursor.seq) < (held.epoch, held.seq) {
+                let text = format!("the position of {} went back from {held} to {cursor}", self.name());
+                findings.violation("bookmark", step.at, text);
+            }
+            if cursor.epoch > held.epoch && self.gathered.diverged(held) {
+                let text = format!(
+                    "{} was at {held}, in a tail that was lost, and went on to {cursor} without being told",
+                    self.name()
+                );
+                findings.violation("honest", step.at, text);
+            }
+            held = cursor;
+        }
+    }
+
+    /// The last position that it was told.
+    fn reached(&self) -> Option<(Micros, Cursor)> {
+        let first = self.subscription.first?;
+        let steps = self.subscription.steps.iter().rev();
+        let told = steps.filter_map(|step| match step.kind {
+            Kind::Batch(_, cursor) | Kind::Position(cursor) => Some((step.at, cursor)),
+            Kind::Lost | Kind::Resumed => None,
+        });
+        let last = told.chain([first]).next()?;
+        Some(match self.subscription.stopped {
+            Some((at, position)) if (position.epoch, position.seq) > (last.1.epoch, last.1.seq) => (at, position),
+            _ => last,
+        })
+    }
+
+    /// Between its first and its last position it saw exactly what Postgres lets through its condition.
+    fn complete(&self, findings: &mut Findings) {
+        let (Some((_, first)), Some((at, last))) = (self.subscription.first, self.reached()) else { return };
+        let Some(matches) = self.gathered.matches.get(&self.subscription.want) else { return };
+        // What lies in a lost tail stands under other numbers now, or under none.
+        let fork = |cursor: Cursor| {
+            let later = self.gathered.epochs.iter().filter(|(epoch, _)| *epoch > cursor.epoch);
+            later.map(|(_, start)| *start).min().unwrap_or(u64::MAX)
+        };
+        let (from, to) = (first.seq.min(fork(first)), last.seq.min(fork(last)));
+        let mut due = matches.iter().flat_map(|(low, high)| (*low).max(from + 1)..=(*high).min(to)).peekable();
+        for event in self.subscription.events.iter().filter(|event| event.seq > from && event.seq <= to) {
+            if self.gathered.epoch_of(event.seq) > event.epoch {
+                continue;
+            }
+            while let Some(missed) = due.next_if(|seq| *seq < event.seq) {
+                self.missed(missed, event.at, findings);
+            }
+            if due.next_if_eq(&event.seq).is_none() && self.row(event.seq).is_some() {
+                let text = format!(
+                    "{} saw seq {}, which {:?} does not let through",
+                    self.name(),
+                    event.seq,
+                    self.subscription.want
+                );
+                findings.violation("filter", event.at, text);
+            }
+        }
+        for missed in due {
+            self.missed(missed, at, findings);
+        }
+    }
+
+    fn missed(&self, seq: u64, at: Micros, findings: &mut Findings) {
+        let what = self.row(seq).map_or_else(String::new, |row| {
+            format!("{} {} {:?}, relayed at {:.3} s", row.op, row.table, row.key, row.relayed as f64 / 1e6)
+        });
+        let text = format!(
+            "{} never saw seq {seq} ({what}) and has passed it; it wants {:?}",
+            self.name(),
+            self.subscription.want
+        );
+        findings.violation("missed", at, text);
+    }
+
+    /// A batch that does not say that it is open ends with the last event of its transaction that is due.
+    fn atomic(&self, findings: &mut Findings) {
+        for pair in self.subscription.events.windows(2) {
+            let (Some(a), Some(b)) = (self.row(pair[0].seq), self.row(pair[1].seq)) else { continue };
+            let torn = pair[0].closes && a.xid == b.xid && !a.tx_end && pair[0].epoch == pair[1].epoch;
+            if torn && (a.seq..b.seq).all(|seq| self.row(seq).is_some_and(|row| row.xid == a.xid && !row.tx_end)) {
+                let text = format!(
+                    "{}: a batch ended with seq {} as if it were whole, seq {} is of the same transaction",
+                    self.name(),
+                    a.seq,
+                    b.seq
+                );
+                findings.violation("atomic", pair[1].at, text);
+            }
+        }
+    }
+
+    /// Who is told to start over was in a lost tail.
+    fn resync(&self, findings: &mut Findings) {
+        let Some((at, reason, position)) = &self.subscription.resync else { return };
+        if reason != "history_diverged" || !self.gathered.diverged(*position) {
+            let text = format!("{} at {position} was told to start over ({reason}) without need", self.name());
+            findings.violation("honest", *at, text);
+        }
+    }
+}
