@@ -13,6 +13,7 @@ pub mod history;
 pub mod plan;
 pub mod preflight;
 pub mod report;
+pub mod sandbox;
 pub mod workload;
 
 #[cfg(test)]

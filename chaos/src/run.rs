@@ -1,0 +1,256 @@
+//! One run: a cluster, a workload and the plan's faults, recorded; then judged and measured from the record alone.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::cluster::packet_filter::PacketFilter;
+use crate::cluster::{Cluster, ClusterOptions};
+use crate::faults::{self, FaultEvent, Scene};
+use crate::history::{Line, Reader, Record, Recorder, Run, VERSION};
+use crate::plan::Plan;
+use crate::preflight::{self, Abilities};
+use crate::report::RunSummary;
+use crate::workload::{self, Workload, truth};
+use crate::{checker, figures};
+
+/// From the start of the clients to the first event in a handler.
+const FIRST_DELIVERY: Duration = Duration::from_secs(30);
+/// From the last heal to a cluster that is whole.
+const HEALTHY: Duration = Duration::from_secs(90);
+/// From the writers' end to every client at the log's head.
+const DRAIN: Duration = Duration::from_secs(60);
+/// Between two looks at the nodes' memory.
+const LOOK: Duration = Duration::from_secs(1);
+/// A run's history, in its folder.
+const HISTORY: &str = "history.jsonl";
+
+/// What to run, on what.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Everything of the run goes here: data of Postgres, logs, history. Made if it is not there.
+    pub folder: PathBuf,
+    /// The server.
+    pub binary: PathBuf,
+    /// Writers, clients, faults.
+    pub plan: Plan,
+    /// The mutant that the server is, if it must fail.
+    pub mutant: Option<String>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Judged and measured.
+    pub summary: RunSummary,
+    /// For `check`.
+    pub history: PathBuf,
+}
+
+/// What a run tells while it goes.
+pub trait Watcher: Sync {
+    /// A step of the run began.
+    fn step(&self, text: &str);
+    /// A fault began or ended.
+    fn fault(&self, event: &FaultEvent);
+    /// About once a second.
+    fn progress(&self, elapsed: Duration, committed: u64, delivered: u64);
+}
+
+/// Runs the plan and judges it.
+///
+/// # Errors
+/// The run could not be carried out: that says nothing about the server. What the server broke is in the summary.
+pub async fn run(options: &RunOptions, abilities: &Abilities, watcher: &impl Watcher) -> anyhow::Result<Outcome> {
+    refuse_leftovers(&options.folder)?;
+    fs::create_dir_all(&options.folder)
+        .with_context(|| format!("cannot make the folder {}", options.folder.display()))?;
+    watcher.step("starting Postgres, its standby, the nodes and the balancer");
+    let cluster = Cluster::start(cluster_options(options, abilities)).await.context("the cluster does not start")?;
+    let history = options.folder.join(HISTORY);
+    let result = recorded(options, abilities, &cluster, &history, watcher).await;
+    cluster.stop().await.context("the cluster does not stop")?;
+    let node_bytes = result?;
+    watcher.step("checking");
+    let path = history.clone();
+    let mut summary = tokio::task::spawn_blocking(move || judge(&path)).await??;
+    summary.node_bytes = node_bytes;
+    Ok(Outcome { summary, history })
+}
+
+fn refuse_leftovers(folder: &Path) -> anyhow::Result<()> {
+    let left = preflight::leftovers(folder)?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    let named: Vec<String> = left.iter().map(ToString::to_string).collect();
+    bail!(
+        "processes of an earlier run in {} are still alive: {}. Nothing was touched; end exactly these with `chaos clean {}`, or take another --folder",
+        folder.display(),
+        named.join(", "),
+        folder.display()
+    )
+}
+
+fn cluster_options(options: &RunOptions, abilities: &Abilities) -> ClusterOptions {
+    let plan = &options.plan;
+    let full = plan.faults.iter().any(|fault| fault.class == "F15" && abilities.allows("F15", &fault.variant).is_ok());
+    ClusterOptions {
+        folder: options.folder.clone(),
+        binary: options.binary.clone(),
+        nodes: plan.nodes,
+        seed: plan.seed,
+        env: options.mutant.iter().map(|mutant| ("TIDEWIRE_MUTANT".into(), mutant.clone())).collect(),
+        small_disks: full,
+        failpoints: plan.failpoints,
+    }
+}
+
+async fn recorded(
+    options: &RunOptions,
+    abilities: &Abilities,
+    cluster: &Arc<Cluster>,
+    history: &Path,
+    watcher: &impl Watcher,
+) -> anyhow::Result<(u64, u64)> {
+    let plan = &options.plan;
+    let primary = cluster.primary();
+    let url = primary.borrow().clone();
+    workload::prepare(&url, &plan.workload).await.context("the tables of the workload cannot be made")?;
+    let recorder = Recorder::create(history)?;
+    recorder.record(Record::Run(Run {
+        version: VERSION,
+        seed: plan.seed,
+        server: env!("CARGO_PKG_VERSION").into(),
+        mutant: options.mutant.clone(),
+        wall: chrono::Utc::now().timestamp_micros(),
+        plan: serde_json::to_value(plan)?,
+    }));
+    watcher.step("starting writers and clients");
+    let key = cluster.api_key().to_owned();
+    let workload =
+        Workload::start(&plan.workload, recorder.clone(), cluster.url(), key, primary).await.context("the workload")?;
+    first_delivery(&workload).await?;
+    let memory = Memory::watch(cluster);
+    let scene = Scene {
+        cluster: Arc::clone(cluster),
+        workload: Arc::clone(&workload),
+        recorder: recorder.clone(),
+        abilities: abilities.clone(),
+        filter: abilities.allows("F8", "loss").is_ok().then(PacketFilter::new).transpose()?,
+    };
+    let began = Instant::now();
+    let ends = began + Duration::from_millis(plan.duration_ms);
+    let faults = async {
+        faults::inject(&scene, plan, |event| watcher.fault(event)).await?;
+        sleep_until(ends).await;
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        done = faults => done?,
+        () = tell(&workload, began, watcher) => {}
+    }
+    watcher.step("healing and draining");
+    cluster.wait_healthy(HEALTHY).await.context("the cluster did not become whole again after the last fault")?;
+    let drained = workload.drain(DRAIN).await;
+    let node_bytes = memory.seen();
+    let url = cluster.primary().borrow().clone();
+    truth::record(&url, &recorder, &workload.wants()).await.context("the truth cannot be read from Postgres")?;
+    workload.stop().await;
+    recorder.finish()?;
+    if !drained.behind.is_empty() {
+        watcher.step(&format!("{} subscriptions did not reach the log's head", drained.behind.len()));
+    }
+    Ok(node_bytes)
+}
+
+async fn first_delivery(workload: &Workload) -> anyhow::Result<()> {
+    let until = Instant::now() + FIRST_DELIVERY;
+    while workload.delivered() == 0 {
+        ensure!(
+            Instant::now() < until,
+            "no client saw an event within {FIRST_DELIVERY:?} of a start without any fault; see the nodes' logs"
+        );
+        sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+async fn tell(workload: &Workload, began: Instant, watcher: &impl Watcher) {
+    loop {
+        sleep(LOOK).await;
+        watcher.progress(began.elapsed(), workload.committed(), workload.delivered());
+    }
+}
+
+/// Memory of all nodes together, looked at once a second.
+struct Memory {
+    first: Arc<AtomicU64>,
+    most: Arc<AtomicU64>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Memory {
+    fn watch(cluster: &Arc<Cluster>) -> Self {
+        let (first, most) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (cluster, begin, peak) = (Arc::clone(cluster), Arc::clone(&first), Arc::clone(&most));
+        let task = tokio::spawn(async move {
+            loop {
+                let bytes = cluster.nodes().iter().filter_map(crate::cluster::Node::rss_bytes).sum();
+                let _ = begin.compare_exchange(0, bytes, Ordering::Relaxed, Ordering::Relaxed);
+                peak.fetch_max(bytes, Ordering::Relaxed);
+                sleep(LOOK).await;
+            }
+        });
+        Self { first, most, _task: AbortOnDropHandle::new(task) }
+    }
+
+    fn seen(&self) -> (u64, u64) {
+        (self.first.load(Ordering::Relaxed), self.most.load(Ordering::Relaxed))
+    }
+}
+
+/// Judges and measures a history.
+///
+/// # Errors
+/// It cannot be read, was cut short or is of another version.
+pub fn judge(path: &Path) -> anyhow::Result<RunSummary> {
+    let mut run = None;
+    let lines = Reader::open(path)?.inspect(|line| {
+        if let Ok(Line(_, Record::Run(first))) = line {
+            run = Some(first.clone());
+        }
+    });
+    let verdict = checker::check(lines)?;
+    let figures = figures::measure(Reader::open(path)?)?;
+    let run = run.with_context(|| format!("{} does not begin with a run", path.display()))?;
+    let failpoints = run.plan.get("failpoints").and_then(serde_json::Value::as_bool).unwrap_or(false);
+    Ok(RunSummary {
+        seed: run.seed,
+        mutant: run.mutant,
+        failpoints,
+        violations: verdict.violations,
+        late: verdict.late,
+        vacuous: verdict.vacuous,
+        counts: verdict.counts,
+        figures,
+        node_bytes: (0, 0),
+    })
+}
+
+/// Rules that were broken, with how often.
+#[must_use]
+pub fn rules(summary: &RunSummary) -> BTreeMap<&str, usize> {
+    let mut rules = BTreeMap::new();
+    for violation in &summary.violations {
+        *rules.entry(violation.rule).or_default() += 1;
+    }
+    rules
+}
