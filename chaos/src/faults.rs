@@ -48,7 +48,7 @@ pub struct Scene {
     /// Its clients tell who has caught up.
     pub workload: Arc<Workload>,
     /// Takes the records.
-    pub recorder: Arc<Recorder>,
+    pub recorder: Recorder,
     /// What the machine can do.
     pub abilities: Abilities,
     /// Where the sandbox has one.

@@ -104,16 +104,18 @@ pub(super) async fn storm(act: &mut Act<'_>) -> anyhow::Result<()> {
         }
         "all" => {
             act.on("every node");
-            let mut cut = 0;
+            let cut = cluster.client_link().connections();
             for node in cluster.nodes() {
-                cut += cluster.haproxy().shut_sessions(node.name()).await?;
+                cluster.haproxy().shut_sessions(node.name()).await?;
             }
             cut
         }
         _ => {
             let node = act.claim_any().await?;
             act.on(node.name());
-            cluster.haproxy().shut_sessions(node.name()).await?
+            let cut = node.front_link().connections();
+            cluster.haproxy().shut_sessions(node.name()).await?;
+            cut
         }
     };
     act.off();

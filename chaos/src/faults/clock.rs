@@ -14,20 +14,20 @@ const LIBRARY: &str = "libfaketime";
 /// cannot jump.)
 pub(super) async fn jump(act: &mut Act<'_>) -> anyhow::Result<()> {
     let node = act.claim(if act.says("leader") { Role::Leader } else { Role::Follower }).await?;
-    let library = act.scene().abilities.faketime().context("libfaketime was not found")?;
+    let library = act.scene().abilities.faketime().context("libfaketime was not found")?.display().to_string();
     let offset = act.fault.variant.split(' ').nth(1).context("how far the clock jumps")?;
     act.on(node.name());
     processes::stop(act, node).await?;
     let settings =
         [("LD_PRELOAD", library), ("FAKETIME", offset.to_owned()), ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned())];
     node.set_env(settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
-    node.start().await?;
+    node.start()?;
     node.wait_ready(NODE_READY).await?;
     act.took = preloaded(node);
     act.hold().await;
     processes::stop(act, node).await?;
     node.set_env(Vec::new());
-    node.start().await?;
+    node.start()?;
     act.off();
     let began = Instant::now();
     node.wait_ready(NODE_READY).await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use tokio::time::Instant;
 
 use super::act::{Act, Mend, until};
@@ -18,17 +18,20 @@ pub(super) async fn fill(act: &mut Act<'_>) -> anyhow::Result<()> {
     act.mends(Mend::Postgres);
     let postgres = act.cluster().postgres();
     let server = postgres.server(postgres.current());
+    // An error before the beginning: the fault is skipped.
+    ensure!(postgres.has_small_disks(), "the run has no small disks");
+    ensure!(!act.says("wal") || postgres.current() == 0, "the WAL of the second server has no disk of its own");
     act.on("primary");
     if act.says("wal") {
-        postgres.fill_wal().await?;
-        let died = until(Instant::now() + PANIC_WAIT, || async { !server.running() }).await;
+        postgres.fill_wal()?;
+        let died = until(Instant::now() + PANIC_WAIT, || async { !server.accepts().await }).await;
         act.took = died.is_some();
     } else {
-        postgres.fill_tablespace().await?;
+        postgres.fill_tablespace()?;
         act.took = true;
     }
     act.hold().await;
-    postgres.free_disks().await?;
+    postgres.free_disks()?;
     if !server.running() {
         server.start().await?;
     }

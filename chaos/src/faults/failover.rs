@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::act::{Act, Mend, until};
 use super::{Scene, recovery};
+use crate::cluster::Stop;
 use crate::workload::truth;
 
 /// Postgres accepts connections again within this.
@@ -32,7 +33,7 @@ pub(super) async fn restart_postgres(act: &mut Act<'_>) -> anyhow::Result<()> {
     let postgres = act.cluster().postgres();
     let server = postgres.server(postgres.current());
     act.on("primary");
-    server.stop("immediate").await?;
+    server.stop(Stop::Immediate).await?;
     act.took = !server.running();
     act.hold().await;
     let began = Instant::now();
@@ -52,7 +53,7 @@ pub(super) async fn synchronous(act: &mut Act<'_>) -> anyhow::Result<()> {
     let before = recovery::head(act.scene()).await?;
     let old = OldPrimary { url: postgres.url(postgres.current()), tail: None };
     act.on("primary");
-    postgres.server(postgres.current()).stop("immediate").await?;
+    postgres.server(postgres.current()).stop(Stop::Immediate).await?;
     act.hold().await;
     promote(act, old).await?;
     let after = recovery::head(act.scene()).await?;
@@ -71,10 +72,10 @@ pub(super) async fn lossy(act: &mut Act<'_>) -> anyhow::Result<()> {
     let standby = postgres.url(postgres.standby_slot());
     postgres.make_synchronous(false).await?;
     act.on("primary");
-    postgres.cut_replication().await?;
+    postgres.cut_replication();
     act.hold().await;
     let last = recovery::head(act.scene()).await?;
-    postgres.server(slot).stop("immediate").await?;
+    postgres.server(slot).stop(Stop::Immediate).await?;
     let fork = replayed_head(&standby).await?;
     let branch = act.board.next_branch();
     act.figure("branch", f64::from(branch));
@@ -82,7 +83,8 @@ pub(super) async fn lossy(act: &mut Act<'_>) -> anyhow::Result<()> {
     act.took = last > fork;
     let old = OldPrimary { url: postgres.url(slot), tail: Some((branch, fork)) };
     promote(act, old).await?;
-    postgres.heal_replication().await
+    postgres.heal_replication();
+    Ok(())
 }
 
 /// The other one becomes the primary. From here on the old one has to be dealt with.
@@ -184,6 +186,6 @@ pub(super) async fn retire(scene: &Scene, old: &OldPrimary) -> anyhow::Result<()
         let seen = tempt(scene, old).await?;
         ensure!(seen.accepted, "the old primary is in recovery: its tail cannot be what was lost");
     }
-    postgres.heal_replication().await?;
+    postgres.heal_replication();
     postgres.rebuild_standby().await
 }

@@ -18,7 +18,7 @@ const SLEEP: &str = "sleep 400";
 pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
     let role = if act.fault.seed.is_multiple_of(3) { Role::Follower } else { Role::Leader };
     let node = act.claim(role).await?;
-    let names = node.failpoints().await?;
+    let names = names(&node.failpoints().await?);
     let name = names.choose(&mut act.random).context("the server has no fail points")?.clone();
     let action = if act.says("sleep") { SLEEP } else { act.fault.variant.as_str() };
     act.on(&format!("{name} of {}", node.name()));
@@ -36,8 +36,33 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
     if node.running() {
         node.failpoint(&name, "off").await?;
     } else {
-        node.start().await?;
+        node.start()?;
     }
     act.off();
     node.wait_ready(NODE_READY).await
+}
+
+/// The names in the node's list: a JSON array of them, an object by them, or one at the beginning of each line.
+fn names(text: &str) -> Vec<String> {
+    use serde_json::Value;
+    match serde_json::from_str(text) {
+        Ok(Value::Object(points)) => points.into_iter().map(|(name, _)| name).collect(),
+        Ok(Value::Array(points)) => points
+            .iter()
+            .filter_map(|point| point.as_str().or_else(|| point.get("name")?.as_str()).map(str::to_owned))
+            .collect(),
+        _ => text.lines().filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn names_are_found_in_every_form_of_the_list() {
+        for text in [r#"["a","b"]"#, r#"{"a":"off","b":null}"#, r#"[{"name":"a"},{"name":"b"}]"#, "a off\nb kill\n"] {
+            assert_eq!(names(text), ["a", "b"], "{text}");
+        }
+    }
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 use tidewire::client::{Client, ClientError, ConnectOptions, SubscribeOptions, Subscription};
-use tokio::process::Command;
 use tokio::time::Instant;
 
 use super::act::Act;
@@ -90,16 +89,8 @@ async fn connect(act: &Act<'_>, key: &str) -> anyhow::Result<(Client, Subscripti
 
 /// Through the command line, as an operator does it.
 async fn create(act: &Act<'_>, name: &str) -> anyhow::Result<Created> {
-    let pid = act.cluster().nodes().iter().find_map(crate::cluster::Node::pid).context("no node runs")?;
-    let url = act.cluster().primary().borrow().clone();
-    let run = Command::new(std::fs::read_link(format!("/proc/{pid}/exe"))?)
-        .args(["keys", "create", "--all", "--json", "--name", name])
-        .env("TIDEWIRE_DATABASE_URL", url)
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(SET_UP, run).await.context("tidewire keys create")??;
-    ensure!(output.status.success(), "tidewire keys create: {}", String::from_utf8_lossy(&output.stderr).trim());
-    serde_json::from_slice(&output.stdout).context("what tidewire keys create printed")
+    let text = act.cluster().tidewire(&["keys", "create", "--all", "--json", "--name", name]).await?;
+    serde_json::from_str(&text).context("what tidewire keys create printed")
 }
 
 /// The row, not the command: from its commit the time counts.

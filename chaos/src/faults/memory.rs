@@ -6,7 +6,6 @@ use tokio::time::Instant;
 use super::act::{Act, NODE_READY, POLL, Role};
 use super::clients::SlowCrowd;
 use super::processes;
-use crate::cluster::Node;
 
 /// Address space beyond what the node has when it is idle.
 const HEADROOM_BYTES: u64 = 192 << 20;
@@ -16,18 +15,18 @@ const CROWD: usize = 24;
 /// F27: restarted with a limit of its address space, and slow consumers attach. It may close them; it may not die.
 pub(super) async fn cap(act: &mut Act<'_>) -> anyhow::Result<()> {
     let node = act.claim(Role::Follower).await?;
-    let idle = address_space(node).context("the node's size")?;
+    let idle = node.virtual_bytes().context("the node's size")?;
     act.on(node.name());
     processes::stop(act, node).await?;
     let limit = idle + HEADROOM_BYTES;
     node.set_address_space(Some(limit));
-    node.start().await?;
+    node.start()?;
     node.wait_ready(NODE_READY).await?;
     let pid = node.pid();
     let crowd = SlowCrowd::attach(act.scene(), node.front_link(), CROWD).await?;
     let mut largest = 0;
     while Instant::now() < act.until() && node.running() {
-        largest = largest.max(address_space(node).unwrap_or_default());
+        largest = largest.max(node.virtual_bytes().unwrap_or_default());
         tokio::time::sleep(POLL * 5).await;
     }
     act.figure("address_space_bytes", largest as f64);
@@ -40,14 +39,7 @@ pub(super) async fn cap(act: &mut Act<'_>) -> anyhow::Result<()> {
     }
     drop(crowd);
     node.set_address_space(None);
-    node.start().await?;
+    node.start()?;
     act.off();
     node.wait_ready(NODE_READY).await
-}
-
-/// Virtual size, bytes.
-fn address_space(node: &Node) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", node.pid()?)).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmSize:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1_024)
 }

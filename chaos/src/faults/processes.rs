@@ -26,11 +26,11 @@ pub(super) async fn kill(act: &mut Act<'_>) -> anyhow::Result<()> {
     let role = if act.fault.class == "F2" { Role::Leader } else { Role::Follower };
     let node = act.claim(role).await?;
     act.on(node.name());
-    node.kill().await?;
+    let killed = node.kill();
     node.wait_exit(EXIT).await?;
-    act.took = act.role_held() && !node.running();
+    act.took = killed && act.role_held() && !node.running();
     act.hold().await;
-    node.start().await?;
+    node.start()?;
     act.off();
     let began = Instant::now();
     node.wait_ready(NODE_READY).await?;
@@ -58,8 +58,7 @@ pub(super) async fn pause_leader(act: &mut Act<'_>) -> anyhow::Result<()> {
     let node = act.claim(Role::Leader).await?;
     let before = newest_term(act).await?;
     act.on(node.name());
-    node.pause()?;
-    act.took = act.role_held() && before.node == node.name() && node.running();
+    act.took = node.pause() && act.role_held() && before.node == node.name();
     let cluster = act.cluster();
     let replaced = until(act.until(), || async {
         cluster.leader().await.is_ok_and(|leader| leader.is_some_and(|leader| leader != node.index()))
@@ -69,7 +68,7 @@ pub(super) async fn pause_leader(act: &mut Act<'_>) -> anyhow::Result<()> {
     }
     act.hold().await;
     let relayed = recovery::head(act.scene()).await.unwrap_or_default();
-    node.resume()?;
+    node.resume();
     act.off();
     let now = newest_term(act).await?;
     act.figure("head_at_waking_rows", relayed as f64);
@@ -108,8 +107,7 @@ async fn old_session_is_gone(act: &mut Act<'_>, old: &Term, new: &Term) -> anyho
 pub(super) async fn pause_follower(act: &mut Act<'_>) -> anyhow::Result<()> {
     let node = act.claim(Role::Follower).await?;
     act.on(node.name());
-    node.pause()?;
-    act.took = act.role_held() && node.running();
+    act.took = node.pause() && act.role_held();
     let haproxy = act.cluster().haproxy();
     let out = until(act.until(), || async {
         let servers = haproxy.servers().await.unwrap_or_default();
@@ -120,7 +118,7 @@ pub(super) async fn pause_follower(act: &mut Act<'_>) -> anyhow::Result<()> {
     }
     act.hold().await;
     let head = recovery::head(act.scene()).await.ok();
-    node.resume()?;
+    node.resume();
     act.off();
     ready_is_honest(act, node, head).await
 }
@@ -157,7 +155,7 @@ pub(super) async fn rolling_restart(act: &mut Act<'_>) -> anyhow::Result<()> {
 
 async fn restart(act: &mut Act<'_>, node: &Node) -> anyhow::Result<Duration> {
     let drained = stop(act, node).await?;
-    node.start().await?;
+    node.start()?;
     node.wait_ready(NODE_READY).await?;
     Ok(drained)
 }

@@ -126,7 +126,7 @@ pub(super) async fn mend(act: &mut Act<'_>) {
                 Ok(())
             }
             Mend::Filter => scene.filter.as_ref().map_or(Ok(()), |filter| filter.clear()),
-            Mend::Disks => scene.cluster.postgres().free_disks().await,
+            Mend::Disks => scene.cluster.postgres().free_disks(),
             Mend::Postgres => mend_postgres(scene).await,
         };
         if let Err(error) = mended {
@@ -144,9 +144,9 @@ async fn mend_node(scene: &Scene, index: usize) -> anyhow::Result<()> {
     node.set_env(Vec::new());
     node.set_address_space(None);
     if node.running() {
-        node.resume()?;
+        node.resume();
     } else {
-        node.start().await?;
+        node.start()?;
     }
     node.wait_ready(NODE_READY).await
 }
@@ -157,7 +157,8 @@ async fn mend_postgres(scene: &Scene) -> anyhow::Result<()> {
     if !server.running() {
         server.start().await?;
     }
-    postgres.heal_replication().await
+    postgres.heal_replication();
+    Ok(())
 }
 
 /// A failover leaves no standby behind; unless F12 has seen to the old primary, this does, silently.
