@@ -109,7 +109,6 @@ fn cluster_options(options: &RunOptions, abilities: &Abilities) -> ClusterOption
         seed: plan.seed,
         env: options.mutant.iter().map(|mutant| ("TIDEWIRE_MUTANT".into(), mutant.clone())).collect(),
         small_disks: full,
-        failpoints: plan.failpoints,
     }
 }
 
@@ -130,7 +129,7 @@ async fn recorded(
         seed: plan.seed,
         server: env!("CARGO_PKG_VERSION").into(),
         mutant: options.mutant.clone(),
-        wall: chrono::Utc::now().timestamp_micros(),
+        wall: recorder.wall(),
         plan: serde_json::to_value(plan)?,
     }));
     watcher.step("starting writers and clients");
@@ -162,7 +161,7 @@ async fn recorded(
     let drained = workload.drain(DRAIN).await;
     let node_bytes = memory.seen();
     let url = cluster.primary().borrow().clone();
-    truth::record(&url, &recorder, &workload.wants()).await.context("the truth cannot be read from Postgres")?;
+    truth::record(&url, &recorder, workload.wants()).await.context("the truth cannot be read from Postgres")?;
     workload.stop().await;
     recorder.finish()?;
     if !drained.behind.is_empty() {

@@ -63,6 +63,7 @@ pub struct Recorder(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     start: Instant,
+    wall: i64,
     path: PathBuf,
     file: Mutex<Sink>,
 }
@@ -83,7 +84,8 @@ impl Recorder {
         let file = File::create(path).map_err(|error| HistoryError::File { path: path.to_owned(), error })?;
         let writer = BufWriter::with_capacity(BUFFER_BYTES, file);
         let sink = Sink { writer, lines: 0, failed: None };
-        Ok(Self(Arc::new(Inner { start: Instant::now(), path: path.to_owned(), file: Mutex::new(sink) })))
+        let wall = chrono::Utc::now().timestamp_micros();
+        Ok(Self(Arc::new(Inner { start: Instant::now(), wall, path: path.to_owned(), file: Mutex::new(sink) })))
     }
 
     /// The run's clock.
@@ -96,6 +98,12 @@ impl Recorder {
     #[must_use]
     pub fn start(&self) -> Instant {
         self.0.start
+    }
+
+    /// Wall clock when the run's clock stood at 0, microseconds of the Unix epoch.
+    #[must_use]
+    pub fn wall(&self) -> i64 {
+        self.0.wall
     }
 
     /// Adds a record, stamped now, and returns the stamp. A disk that fails is reported by [`finish`](Self::finish).

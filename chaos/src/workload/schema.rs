@@ -1,0 +1,39 @@
+//! The users' tables.
+
+use anyhow::Context;
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
+
+use super::WorkloadPlan;
+
+/// All of one shape, so that every filter fits every table.
+pub(super) const TABLES: [&str; 3] = ["public.accounts", "public.orders", "public.notes"];
+/// Domain events.
+pub(super) const EVENTS: &str = "event:bid";
+/// `w` is drawn below this; filters pick their share of the rows by it.
+pub(super) const WEIGHTS: u32 = 100;
+
+/// Makes the tables and tracks them.
+///
+/// # Errors
+/// Postgres refuses.
+pub async fn prepare(primary_url: &str, _plan: &WorkloadPlan) -> anyhow::Result<()> {
+    let mut connection = connect(&as_owner(primary_url)).await?;
+    for table in TABLES {
+        let statement = format!(
+            "CREATE TABLE {table} (id bigint PRIMARY KEY, val text NOT NULL, prev text, w integer NOT NULL);
+             SELECT tidewire.track('{table}')"
+        );
+        connection.execute(sqlx::AssertSqlSafe(statement)).await.with_context(|| format!("cannot track {table}"))?;
+    }
+    Ok(())
+}
+
+/// Writers are no superusers.
+pub(super) fn as_owner(url: &str) -> String {
+    url.replacen("postgres://postgres@", "postgres://app@", 1)
+}
+
+pub(super) async fn connect(url: &str) -> Result<PgConnection, sqlx::Error> {
+    let options: sqlx::postgres::PgConnectOptions = url.parse()?;
+    PgConnection::connect_with(&options.application_name("writer").disable_statement_logging()).await
+}
