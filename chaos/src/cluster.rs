@@ -80,7 +80,7 @@ impl Cluster {
         output(migrate).await.context("`tidewire migrate`")?;
         let mut create = Command::new(&options.binary);
         create.args(["keys", "create", "--name", "chaos", "--all", "--max-connections", "50000", "--json"]);
-        create.args(["--database-url", &owner]);
+        create.env("TIDEWIRE_DATABASE_URL", &owner);
         let api_key = key_of(&output(create).await.context("`tidewire keys create`")?)?;
         let mut nodes = Vec::new();
         for index in 0..usize::from(options.nodes) {
@@ -185,8 +185,7 @@ impl Cluster {
         let mut command = Command::new(&self.binary);
         command
             .args(arguments)
-            .arg("--database-url")
-            .arg(format!("postgres://{}@127.0.0.1:{port}/app", postgres::OWNER));
+            .env("TIDEWIRE_DATABASE_URL", format!("postgres://{}@127.0.0.1:{port}/app", postgres::OWNER));
         output(command).await
     }
 

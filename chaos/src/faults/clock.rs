@@ -1,0 +1,41 @@
+//! A node whose clock is an hour off: F21.
+
+use anyhow::Context as _;
+use tokio::time::Instant;
+
+use super::act::{Act, NODE_READY, Role};
+use super::processes;
+use crate::cluster::Node;
+
+/// The library, as `/proc/<pid>/maps` shows it.
+const LIBRARY: &str = "libfaketime";
+
+/// F21: the node is restarted with the clock moved, and later restarted without. (The monotonic clock stays: that one
+/// cannot jump.)
+pub(super) async fn jump(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let node = act.claim(if act.says("leader") { Role::Leader } else { Role::Follower }).await?;
+    let library = act.scene().abilities.faketime().context("libfaketime was not found")?.display().to_string();
+    let offset = act.fault.variant.split(' ').nth(1).context("how far the clock jumps")?;
+    act.on(node.name());
+    processes::stop(act, node).await?;
+    let settings =
+        [("LD_PRELOAD", library), ("FAKETIME", offset.to_owned()), ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned())];
+    node.set_env(settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
+    node.start()?;
+    node.wait_ready(NODE_READY).await?;
+    act.took = preloaded(node);
+    act.hold().await;
+    processes::stop(act, node).await?;
+    node.set_env(Vec::new());
+    node.start()?;
+    act.off();
+    let began = Instant::now();
+    node.wait_ready(NODE_READY).await?;
+    act.micros("ready_us", began.elapsed());
+    Ok(())
+}
+
+fn preloaded(node: &Node) -> bool {
+    let maps = node.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/maps")).ok());
+    maps.is_some_and(|maps| maps.contains(LIBRARY))
+}

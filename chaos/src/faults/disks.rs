@@ -1,0 +1,42 @@
+//! Disks full: F15.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use tokio::time::Instant;
+
+use super::act::{Act, Mend, until};
+
+/// Postgres has died of a full WAL disk within this, or survives it.
+const PANIC_WAIT: Duration = Duration::from_secs(15);
+/// Postgres accepts connections again within this.
+const ACCEPTS: Duration = Duration::from_secs(60);
+
+/// F15: Tidewire's tablespace is full, or the WAL's disk, of which Postgres dies.
+pub(super) async fn fill(act: &mut Act<'_>) -> anyhow::Result<()> {
+    act.mends(Mend::Disks);
+    act.mends(Mend::Postgres);
+    let postgres = act.cluster().postgres();
+    let server = postgres.server(postgres.current());
+    // An error before the beginning: the fault is skipped.
+    ensure!(postgres.has_small_disks(), "the run has no small disks");
+    ensure!(!act.says("wal") || postgres.current() == 0, "the WAL of the second server has no disk of its own");
+    act.on("primary");
+    if act.says("wal") {
+        postgres.fill_wal()?;
+        let died = until(Instant::now() + PANIC_WAIT, || async { !server.accepts().await }).await;
+        act.took = died.is_some();
+    } else {
+        postgres.fill_tablespace()?;
+        act.took = true;
+    }
+    act.hold().await;
+    postgres.free_disks()?;
+    if !server.running() {
+        server.start().await?;
+    }
+    until(Instant::now() + ACCEPTS, || server.accepts()).await.context("Postgres does not accept connections")?;
+    act.stamp("accepted_at_us");
+    act.off();
+    Ok(())
+}

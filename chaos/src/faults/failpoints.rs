@@ -1,0 +1,68 @@
+//! Fail points of a server that was built with them: FP.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rand::seq::IndexedRandom;
+use tokio::time::Instant;
+
+use super::act::{Act, NODE_READY, Role, until};
+use super::processes::EXIT;
+
+/// A point that kills is passed within this, or nothing passes it now.
+const PASSED: Duration = Duration::from_secs(3);
+/// How long a point that sleeps holds a task up, milliseconds.
+const SLEEP: &str = "sleep 400";
+
+/// FP: one point of the node's list × kill, sleep or error.
+pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let role = if act.fault.seed.is_multiple_of(3) { Role::Follower } else { Role::Leader };
+    let node = act.claim(role).await?;
+    let names = names(&node.failpoints().await?);
+    let name = names.choose(&mut act.random).context("the server has no fail points")?.clone();
+    let action = if act.says("sleep") { SLEEP } else { act.fault.variant.as_str() };
+    act.on(&format!("{name} of {}", node.name()));
+    node.failpoint(&name, action).await?;
+    if act.says("kill") {
+        let died = until(Instant::now() + PASSED, || async { !node.running() }).await;
+        act.took = act.role_held() && died.is_some();
+        if died.is_some() {
+            node.wait_exit(EXIT).await?;
+        }
+    } else {
+        act.took = act.role_held();
+    }
+    act.hold().await;
+    if node.running() {
+        node.failpoint(&name, "off").await?;
+    } else {
+        node.start()?;
+    }
+    act.off();
+    node.wait_ready(NODE_READY).await
+}
+
+/// The names in the node's list: a JSON array of them, an object by them, or one at the beginning of each line.
+fn names(text: &str) -> Vec<String> {
+    use serde_json::Value;
+    match serde_json::from_str(text) {
+        Ok(Value::Object(points)) => points.into_iter().map(|(name, _)| name).collect(),
+        Ok(Value::Array(points)) => points
+            .iter()
+            .filter_map(|point| point.as_str().or_else(|| point.get("name")?.as_str()).map(str::to_owned))
+            .collect(),
+        _ => text.lines().filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn names_are_found_in_every_form_of_the_list() {
+        for text in [r#"["a","b"]"#, r#"{"a":"off","b":null}"#, r#"[{"name":"a"},{"name":"b"}]"#, "a off\nb kill\n"] {
+            assert_eq!(names(text), ["a", "b"], "{text}");
+        }
+    }
+}

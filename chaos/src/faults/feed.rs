@@ -1,0 +1,178 @@
+//! The feed silent, doubled, forged, and its queue held: F17, F26.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::{Rng, RngExt};
+use sqlx::postgres::PgListener;
+use sqlx::{Connection as _, PgConnection};
+use tokio::time::Instant;
+
+use super::act::{Act, Role, until};
+use super::connections;
+
+const CHANNEL: &str = "tidewire_feed";
+/// Chunks that are kept for sending again.
+const KEPT_CHUNKS: usize = 512;
+/// Between two forged chunks.
+const FORGED_EVERY: Duration = Duration::from_millis(25);
+/// How much later a replayed chunk comes again.
+const REPLAY_AFTER: Duration = Duration::from_secs(1);
+
+/// F17, F26.
+pub(super) async fn trouble(act: &mut Act<'_>) -> anyhow::Result<()> {
+    match act.fault.variant.as_str() {
+        "silent" => silent(act).await,
+        "duplicated" => again(act, Duration::ZERO).await,
+        "replayed" => again(act, REPLAY_AFTER).await,
+        "forged" => forged(act).await,
+        _ => queue_held(act).await,
+    }
+}
+
+/// Postgres's side of a follower's LISTEN connection is stopped: the socket stands, and nothing comes.
+async fn silent(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let node = act.claim(Role::Follower).await?;
+    let mut connection = act.cluster().admin().await?;
+    let listeners = connections::listeners(&mut connection).await?;
+    let backend = listeners.iter().find(|backend| backend.node == node.name()).context("its LISTEN connection")?.pid;
+    act.on(&format!("the LISTEN connection of {}", node.name()));
+    let stopped = Stopped::new(backend)?;
+    act.took = true;
+    let found = until(act.until(), || another_listener(act, node.name(), backend)).await;
+    if let Some(after) = found {
+        act.micros("found_us", after);
+    }
+    act.hold().await;
+    drop(stopped);
+    act.off();
+    Ok(())
+}
+
+async fn another_listener(act: &Act<'_>, node: &str, old: i32) -> bool {
+    let Ok(mut connection) = act.cluster().admin().await else { return false };
+    let listeners = connections::listeners(&mut connection).await.unwrap_or_default();
+    listeners.iter().any(|backend| backend.node == node && backend.pid != old)
+}
+
+/// A backend of our own Postgres that stands still until this is dropped.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(backend: i32) -> anyhow::Result<Self> {
+        let pid = Pid::from_raw(backend);
+        kill(pid, Signal::SIGSTOP)?;
+        Ok(Self(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // Gone already if its Postgres was killed meanwhile.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+/// Real chunks come a second time.
+async fn again(act: &mut Act<'_>, after: Duration) -> anyhow::Result<()> {
+    let url = act.cluster().primary().borrow().clone();
+    let mut listener = PgListener::connect(&url).await?;
+    listener.listen(CHANNEL).await?;
+    let mut connection = act.cluster().admin().await?;
+    act.on(CHANNEL);
+    let mut own = std::collections::BTreeSet::new();
+    let mut waiting = std::collections::VecDeque::new();
+    let mut sent = 0_u32;
+    while let Ok(heard) = tokio::time::timeout_at(act.until(), listener.recv()).await {
+        let payload = heard?.payload().to_owned();
+        // What was sent from here is heard here too.
+        if waiting.len() < KEPT_CHUNKS && !own.remove(&payload) {
+            waiting.push_back((Instant::now() + after, payload));
+        }
+        while let Some((_, payload)) = waiting.pop_front_if(|(due, _)| *due <= Instant::now()) {
+            notify(&mut connection, &payload).await?;
+            own.insert(payload);
+            sent += 1;
+        }
+    }
+    act.took = sent > 0;
+    act.figure("sent_chunks", f64::from(sent));
+    act.off();
+    Ok(())
+}
+
+async fn notify(connection: &mut PgConnection, payload: &str) -> anyhow::Result<()> {
+    sqlx::query("SELECT pg_notify($1, $2)").bind(CHANNEL).bind(payload).execute(connection).await?;
+    Ok(())
+}
+
+/// Invented chunks: well formed, of the true epoch and term, at the true place; and nonsense.
+async fn forged(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let mut connection = act.cluster().admin().await?;
+    let refused = refused_chunks(act).await;
+    act.on(CHANNEL);
+    let mut sent = 0_u32;
+    while Instant::now() < act.until() {
+        let (term, epoch, head): (i64, i32, i64) = sqlx::query_as(
+            "SELECT term, epoch, (SELECT coalesce(max(seq), 0) FROM tidewire.event_log)
+             FROM tidewire.terms ORDER BY term DESC LIMIT 1",
+        )
+        .fetch_one(&mut connection)
+        .await?;
+        let payload = invent(act, epoch, term, head);
+        notify(&mut connection, &payload).await?;
+        sent += 1;
+        tokio::time::sleep(FORGED_EVERY).await;
+    }
+    act.figure("sent_chunks", f64::from(sent));
+    let now = refused_chunks(act).await;
+    act.figure("refused_chunks", now - refused);
+    act.took = sent > 0 && now > refused;
+    act.off();
+    Ok(())
+}
+
+fn invent(act: &mut Act<'_>, epoch: i32, term: i64, head: i64) -> String {
+    let nonce: u32 = act.random.random();
+    let body: String =
+        (0..64).map(|_| char::from(b'A' + u8::try_from(act.random.random_range(0..26)).unwrap_or(0))).collect();
+    let (first, last) = (head + 1, head + act.random.random_range(1..4));
+    match act.random.next_u32() % 5 {
+        0 => format!("1.{epoch}.{term}.{first}.{last}.e.{nonce}.{body}"),
+        1 => format!("1.{epoch}.{term}.{first}.{}.r.{nonce}.{body}", last + 1_000_000),
+        2 => format!("1.{epoch}.{term}.{}.{}.h.{nonce}.{body}", 0, last + 1_000_000),
+        3 => format!("1.{}.{}.{first}.{last}.e.{nonce}.{body}", epoch + 1, term + 1),
+        _ => body,
+    }
+}
+
+/// Chunks that the nodes did not believe, so far.
+async fn refused_chunks(act: &Act<'_>) -> f64 {
+    let mut sum = 0.0;
+    for node in act.cluster().nodes() {
+        for outcome in ["refused", "foreign"] {
+            let name = format!("tidewire_feed_chunks_total{{outcome=\"{outcome}\"}}");
+            sum += node.metric(&name).await.unwrap_or_default();
+        }
+    }
+    sum
+}
+
+/// A session that listens and then idles in a transaction: Postgres cannot clean its notification queue.
+async fn queue_held(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let mut connection = act.cluster().admin().await?;
+    sqlx::query("LISTEN tidewire_feed").execute(&mut connection).await?;
+    act.on("the notification queue");
+    let mut transaction = connection.begin().await?;
+    sqlx::query("SELECT count(*) FROM tidewire.epochs").execute(&mut *transaction).await?;
+    act.took = true;
+    act.hold().await;
+    let mut other = act.cluster().admin().await?;
+    let used: f64 = sqlx::query_scalar("SELECT pg_notification_queue_usage()").fetch_one(&mut other).await?;
+    act.figure("queue_permille", used * 1_000.0);
+    transaction.rollback().await?;
+    act.off();
+    Ok(())
+}
