@@ -5,6 +5,7 @@
 //! [`history`], [`faults`] that follow the plan. [`checker`] and [`figures`] are pure functions of the history;
 //! [`report`] prints them. Nothing here knows the server's insides: it uses running processes and the public client.
 
+pub mod campaign;
 pub mod checker;
 pub mod cluster;
 pub mod faults;
@@ -13,6 +14,7 @@ pub mod history;
 pub mod plan;
 pub mod preflight;
 pub mod report;
+pub mod run;
 pub mod sandbox;
 pub mod workload;
 

@@ -5,6 +5,7 @@
 //! whose postmaster was killed leaves orphans. Its one child is the program proper.
 
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
@@ -26,26 +27,27 @@ pub enum Place {
     Done(u8),
 }
 
-/// Goes into a sandbox if `wanted` and if we may.
+/// Goes into a sandbox if `wanted` and if we may; its processes have `environment` too.
 ///
 /// # Errors
 /// The program cannot be run again.
-pub fn enter(wanted: bool) -> anyhow::Result<Place> {
+pub fn enter(wanted: bool, environment: &[(&'static str, PathBuf)]) -> anyhow::Result<Place> {
     match std::env::var(STAGE).as_deref() {
         Ok("reaper") => reap(),
         Ok("program") => Ok(Place::Inside),
-        _ if wanted && Uid::effective().is_root() => outer(),
+        _ if wanted && Uid::effective().is_root() => outer(environment),
         _ => Ok(Place::Outside),
     }
 }
 
-fn outer() -> anyhow::Result<Place> {
+fn outer(environment: &[(&'static str, PathBuf)]) -> anyhow::Result<Place> {
     let own = std::env::current_exe()?;
     let status = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"])
         .arg(own)
         .args(std::env::args_os().skip(1))
         .env(STAGE, "reaper")
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .status();
     match status {
         Ok(status) => Ok(Place::Done(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))),

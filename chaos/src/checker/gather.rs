@@ -10,7 +10,6 @@ use crate::history::{FaultDone, FaultOn, Line, LogRow, Micros, Record, Want, Wri
 /// A transaction of a writer.
 #[derive(Debug, Default)]
 pub(super) struct Transaction {
-    pub(super) began: Micros,
     /// When COMMIT was sent, and what it was to commit.
     pub(super) commit: Option<(Micros, Vec<Write>)>,
     pub(super) end: Option<(Micros, End)>,
@@ -55,8 +54,6 @@ pub(super) struct Seen {
 pub(super) struct Step {
     pub(super) at: Micros,
     pub(super) kind: Kind,
-    /// How many events had been handed over before it, those of its own batch included.
-    pub(super) events: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,9 +122,7 @@ impl Gathered {
 
     fn writer(&mut self, t: Micros, record: Record) {
         match record {
-            Record::Begin { w, n } => {
-                drop(self.transactions.insert((w, n), Transaction { began: t, ..Transaction::default() }))
-            }
+            Record::Begin { w, n } => drop(self.transactions.insert((w, n), Transaction::default())),
             Record::Commit { w, n, ops, .. } => {
                 self.counts.transactions_of_several_rows += u64::from(ops.len() > 1);
                 self.transactions.entry((w, n)).or_default().commit = Some((t, ops));
@@ -261,6 +256,6 @@ impl Subscription {
             }
             _ => return,
         };
-        self.steps.push(Step { at, kind, events: self.events.len() });
+        self.steps.push(Step { at, kind });
     }
 }
