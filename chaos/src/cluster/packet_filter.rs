@@ -20,7 +20,7 @@ impl PacketFilter {
     /// There is no `nft`, or it may not.
     pub fn new() -> anyhow::Result<Self> {
         nft(&format!(
-            "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{ chain output {{ type filter hook output priority 0; }} }}"
+            "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\nchain output {{ type filter hook output priority 0; }}\n}}"
         ))?;
         Ok(Self(()))
     }
