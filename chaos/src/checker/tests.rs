@@ -1,1 +1,214 @@
+//! The checker is only worth what it notices: histories that must fail, each by exactly its rule, and near misses that
+//! must pass.
+
+mod broken;
+mod random;
+mod sound;
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+
+use tidewire::client::Cursor;
+use uuid::Uuid;
+
+use super::{Verdict, check};
+use crate::history::{
+    Delivered, FaultDone, FaultOn, Line, LogRow, Record, Run, VERSION, Want, Write,
+};
+
+const TABLE: &str = "public.accounts";
+
+/// A history under construction. Everything is public to the tests, which break it.
+#[derive(Clone, Debug, Default)]
+struct History {
+    lines: Vec<Record>,
+    /// At the end, in this order.
+    log: Vec<LogRow>,
+    rows: BTreeMap<i64, String>,
+    epochs: Vec<(u32, u64)>,
+    terms: Vec<(u64, u32, i64)>,
+    matches: Vec<(Want, Vec<(u64, u64)>)>,
+}
+
+fn everything() -> Want {
+    Want { tables: vec!["*".into()], filter: None, ops: None }
+}
+
+fn at(epoch: u32, seq: u64) -> Cursor {
+    Cursor { epoch, seq, check: seq as u32 }
+}
+
+/// What an event of the log is recognised by; a lost tail has others.
+fn print(branch: u32, seq: u64) -> u64 {
+    u64::from(branch) << 32 | seq
+}
+
+fn insert(key: i64, val: &str) -> Write {
+    Write { table: TABLE.into(), op: "INSERT".into(), key, val: val.into(), prev: None }
+}
+
+fn update(key: i64, val: &str, prev: &str) -> Write {
+    Write { prev: Some(prev.into()), op: "UPDATE".into(), ..insert(key, val) }
+}
+
+fn delete(key: i64, val: &str) -> Write {
+    Write { op: "DELETE".into(), ..insert(key, val) }
+}
+
+impl History {
+    /// One epoch, one term, nothing written.
+    fn new() -> Self {
+        Self { epochs: vec![(1, 0)], terms: vec![(1, 1, 0)], ..Self::default() }
+    }
+
+    /// Three transactions, one of two rows; one is rolled back; one client sees everything.
+    fn small() -> Self {
+        let mut history = Self::new();
+        history.transaction(1, &[insert(1, "a")]);
+        history.transaction(2, &[insert(2, "b"), update(1, "c", "a")]);
+        history.rolled_back(3, &[insert(9, "never")]);
+        history.transaction(4, &[delete(2, "b")]);
+        history.subscribe(1, None, at(1, 0));
+        history.deliver(1, &[1]);
+        history.deliver(1, &[2, 3]);
+        history.deliver(1, &[4]);
+        history.stop(1, at(1, 4));
+        history.matched(&[(1, 4)]);
+        history
+    }
+
+    fn say(&mut self, record: Record) {
+        self.lines.push(record);
+    }
+
+    /// Written, acknowledged and relayed.
+    fn transaction(&mut self, n: u64, ops: &[Write]) {
+        self.written(n, ops);
+        self.say(Record::Ok { w: 0, n });
+        self.relay(n, ops);
+    }
+
+    fn rolled_back(&mut self, n: u64, ops: &[Write]) {
+        self.written(n, ops);
+        self.say(Record::Fail { w: 0, n, error: "rollback".into() });
+    }
+
+    fn written(&mut self, n: u64, ops: &[Write]) {
+        self.say(Record::Begin { w: 0, n });
+        self.say(Record::Commit { w: 0, n, xid: n, ops: ops.to_vec() });
+    }
+
+    fn relay(&mut self, xid: u64, ops: &[Write]) {
+        for (i, write) in ops.iter().enumerate() {
+            let seq = self.log.iter().filter(|row| row.branch == 0).count() as u64 + 1;
+            let row = row(0, seq, xid, i + 1 == ops.len(), write);
+            self.log.push(row);
+            if write.op == "DELETE" {
+                self.rows.remove(&write.key);
+            } else {
+                self.rows.insert(write.key, write.val.clone());
+            }
+        }
+    }
+
+    fn subscribe(&mut self, s: u32, from: Option<Cursor>, first: Cursor) {
+        self.say(Record::Subscribe { s, client: s, want: everything(), from });
+        self.say(Record::Subscribed { s, cursor: first, source: "live".into(), node: None });
+    }
+
+    fn deliver(&mut self, s: u32, seqs: &[u64]) {
+        self.deliver_of(s, 1, 0, seqs, false);
+    }
+
+    fn deliver_of(&mut self, s: u32, epoch: u32, branch: u32, seqs: &[u64], open: bool) {
+        let e = seqs.iter().map(|seq| Delivered(*seq, print(branch, *seq), None)).collect();
+        let last = seqs.last().copied().unwrap_or(0);
+        self.say(Record::Deliver { s, e, cursor: at(epoch, last), open });
+    }
+
+    fn stop(&mut self, s: u32, position: Cursor) {
+        self.say(Record::Stop { s, position });
+    }
+
+    fn matched(&mut self, seqs: &[(u64, u64)]) {
+        self.matches = vec![(everything(), seqs.to_vec())];
+    }
+
+    /// A failover that loses what the old log had after `fork`.
+    fn lossy(&mut self, fork: u64) {
+        let target = "primary".to_owned();
+        self.say(Record::FaultOn(FaultOn { f: 7, class: "F11".into(), variant: "lossy".into(), target }));
+        self.epochs.push((2, fork));
+        self.terms.push((2, 2, 50));
+    }
+
+    fn healed(&mut self) {
+        self.say(Record::FaultOff { f: 7 });
+        self.say(Record::FaultDone(FaultDone {
+            f: 7,
+            class: "F11".into(),
+            took: true,
+            progressed: true,
+            caught_up: Some(1),
+            figures: BTreeMap::new(),
+            violations: Vec::new(),
+        }));
+    }
+
+    fn check(self) -> Verdict {
+        let run = Run { version: VERSION, seed: 1, server: String::new(), mutant: None, wall: 0, plan: serde_json::Value::Null };
+        let mut lines = vec![Record::Run(run)];
+        lines.extend(self.lines);
+        lines.extend(self.log.into_iter().map(Record::Log));
+        lines.extend(self.terms.into_iter().map(|(term, epoch, acquired)| Record::Term {
+            term,
+            epoch,
+            node: format!("node{term}"),
+            acquired,
+            released: None,
+        }));
+        let epochs = self.epochs.into_iter();
+        lines.extend(epochs.map(|(epoch, start_seq)| Record::Epoch { epoch, start_seq, reason: String::new() }));
+        lines.extend(self.rows.into_iter().map(|(key, val)| Record::Row { table: TABLE.into(), key, val }));
+        lines.extend(self.matches.into_iter().map(|(want, seqs)| Record::Matches { want, seqs }));
+        lines.push(Record::Outbox { rows: 0 });
+        lines.push(Record::Done { lines: 0 });
+        let stamped = lines.into_iter().enumerate().map(|(n, record)| Ok::<_, Infallible>(Line(n as u64 * 1_000, record)));
+        let Ok(verdict) = check(stamped);
+        verdict
+    }
+
+    /// Fails by exactly this rule.
+    #[track_caller]
+    fn breaks(self, rule: &str) {
+        let verdict = self.check();
+        let rules: Vec<&str> = verdict.violations.iter().map(|violation| violation.rule).collect();
+        assert!(!rules.is_empty(), "nobody noticed; {rule} should have");
+        assert!(rules.iter().all(|broken| *broken == rule), "{rule} was expected: {:#?}", verdict.violations);
+    }
+
+    #[track_caller]
+    fn passes(self) {
+        let verdict = self.check();
+        assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
+    }
+}
+
+fn row(branch: u32, seq: u64, xid: u64, tx_end: bool, write: &Write) -> LogRow {
+    LogRow {
+        branch,
+        seq,
+        xid,
+        tx_end,
+        event_id: Uuid::from_u128(u128::from(print(branch, seq))),
+        table: write.table.clone(),
+        op: write.op.clone(),
+        key: Some(write.key),
+        val: Some(write.val.clone()),
+        prev: write.prev.clone(),
+        before: if write.op == "DELETE" { Some(write.val.clone()) } else { write.prev.clone() },
+        relayed: i64::try_from(seq).unwrap(),
+        fingerprint: print(branch, seq),
+    }
+}
 

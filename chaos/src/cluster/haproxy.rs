@@ -5,7 +5,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -21,12 +20,6 @@ const START: Duration = Duration::from_secs(10);
 /// From a signal to its end.
 const STOP: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
-/// To the client and to the node.
-const FILES_A_CONNECTION: u64 = 2;
-/// Listeners, checks, the runtime socket.
-const OWN_FILES: u64 = 100;
-/// What the configuration says.
-const MOST: u64 = 50_000;
 /// Its backend in the configuration.
 const BACKEND: &str = "tidewire";
 
@@ -60,9 +53,6 @@ impl HaProxy {
         let mut command = Command::new("haproxy");
         // `-db`: it stays our child. A worker of its own would outlive it.
         command.arg("-db").arg("-f").arg(&self.config);
-        // It refuses to start where the configuration's connections need more files than it may open.
-        let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        command.arg("-n").arg((files / FILES_A_CONNECTION).saturating_sub(OWN_FILES).min(MOST).to_string());
         command.env("TIDEWIRE_BIND", format!("127.0.0.1:{}", self.port));
         command.env("HAPROXY_STATS_BIND", format!("127.0.0.1:{}", self.stats));
         command.env("HAPROXY_ADMIN_SOCKET", &self.socket);
