@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::cursor::Seq;
 use crate::event::{Event, Operation};
+use crate::failpoint;
 use crate::feed::chunk::{Header, Kind, decode_events};
 use crate::feed::seal::FeedKey;
 use crate::hub::Hub;
@@ -255,6 +256,7 @@ impl Follower {
     /// Some: the log is to be read.
     async fn notification(&mut self, channel: &str, pid: u32, payload: &str) -> Option<&'static str> {
         match channel {
+            "tidewire_feed" if failpoint::hit("feed.heard").await.is_err() => {}
             "tidewire_feed" => return self.chunk(pid, payload).await,
             "tidewire_wake" => self.wakeups.outbox.notify_one(),
             LEADER_CHANNEL => self.wakeups.leadership.notify_one(),
@@ -385,6 +387,7 @@ impl Follower {
 
     /// True: the ring has met the log's end. False: delivery is held, the database's incarnation is not vouched for yet.
     async fn catch_up(&mut self) -> Result<bool, sqlx::Error> {
+        failpoint::hit("feed.reconcile").await?;
         let pool = &self.database.pool();
         let (known, newest_epoch) = self.asked(epochs(pool)).await?;
         let seen = self.incarnation.borrow().clone();
@@ -405,6 +408,7 @@ impl Follower {
         }
         self.metrics.epoch.set(i64::from(known.newest()));
         if known != self.hub.epochs() && self.started {
+            failpoint::hit("feed.epoch").await?;
             let start = known.start_of(known.newest()).unwrap_or_default();
             let start_id = self.asked(read::event_id(pool, start)).await?;
             self.keys.clear();
@@ -464,6 +468,7 @@ impl Follower {
         while self.hub.high_water() < through {
             let after = self.hub.high_water();
             self.metrics.log_queries_total.with_label_values(&["follow"]).inc();
+            failpoint::hit("feed.read").await?;
             let pool = self.database.pool();
             let events = self.asked(read::events(&pool, after, through, READ_EVENTS)).await?;
             if events.first().is_none_or(|event| event.seq != after + 1) {

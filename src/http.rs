@@ -18,7 +18,10 @@ use crate::session::Context;
 
 /// Everything that a node answers.
 pub fn router(context: Arc<Context>) -> Router {
-    Router::new()
+    let router = Router::new();
+    #[cfg(feature = "chaos")]
+    let router = router.merge(crate::failpoint::routes());
+    router
         .route("/v1/ws", any(ws::upgrade))
         .route("/v1/sse", get(sse::stream))
         .route("/v1/tickets", post(tickets::issue))

@@ -30,6 +30,7 @@ use crate::hub::group::{Assembly, Ended, Frame, Group, Held, Plans, Signal, Span
 use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
 use crate::hub::routes::Routes;
 use crate::log::incarnation::Known;
+use crate::mutant::{self, Mutant};
 use crate::telemetry::metrics::{Metrics, gauge};
 
 /// Events that one pull looks at, so that a session that catches up shares its thread.
@@ -292,7 +293,7 @@ impl Hub {
             let mut routes = self.routes.lock();
             let edge = self.edge();
             let ring = self.ring.read();
-            let Ok(whole) =
+            let Ok(mut whole) =
                 ring.whole_after(edge.deliverable.seq, ring.newest(), DISPATCH_EVENTS, self.options.frame_bytes)
             else {
                 return;
@@ -301,6 +302,9 @@ impl Hub {
             let Some(last) = whole.events.last() else { return };
             let epochs = self.epochs.read().clone();
             let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
+            if mutant::is(Mutant::FrameDropsLast) && whole.events.len() > 10 {
+                whole.events.pop();
+            }
             let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes);
             let mut news = Vec::with_capacity(dispatched.len());
             for Dispatched { group, frames, ended } in dispatched {

@@ -32,6 +32,9 @@ enum Command {
     Status(cli::status::StatusArgs),
     Doctor(cli::doctor::DoctorArgs),
     Bench(Box<cli::bench::BenchArgs>),
+    /// Print this test build's mutants
+    #[cfg(feature = "chaos")]
+    ChaosMutants,
 }
 
 /// Create, list and revoke API keys
@@ -80,6 +83,11 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Untrack(args) => cli::track::run_untrack(args).await,
         Command::Tables(args) => cli::tables::run(args).await,
         Command::Status(args) => cli::status::run(args).await,
+        #[cfg(feature = "chaos")]
+        Command::ChaosMutants => {
+            print!("{}", tidewire::mutant::list());
+            Ok(())
+        }
         Command::Doctor(args) => cli::doctor::run(args).await,
         Command::Bench(args) => cli::bench::run(*args).await,
     }

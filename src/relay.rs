@@ -21,6 +21,7 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::failpoint;
 use crate::log::append::{Bounds, Claim, ClaimError, Position, claim, claim_part, outbox_lock_holders};
 use crate::log::incarnation::Known;
 use crate::log::retention;
@@ -177,6 +178,7 @@ impl Leader<'_> {
             self.swept = Instant::now();
             self.position = Position::beginning();
         }
+        failpoint::hit("relay.claim").await.map_err(sqlx::Error::from)?;
         let bounds = self.bounds();
         let began = Instant::now();
         let work = claim(self.connection, &mut self.position, self.newest, bounds, &mut self.interner);
@@ -185,6 +187,7 @@ impl Leader<'_> {
             true => (self.window * WINDOW_GROWTH).min(MAX_WINDOW),
             false => i64::from(self.relay.options.batch),
         };
+        failpoint::hit("relay.claimed").await.map_err(sqlx::Error::from)?;
         self.appended(&claim, began).await?;
         Ok(claim)
     }
@@ -193,6 +196,7 @@ impl Leader<'_> {
     /// on: the log's tail says that it is open.
     async fn relay_in_parts(&mut self, xid: &str, stop: &CancellationToken) -> Result<(), TermEnd> {
         while !stop.is_cancelled() {
+            failpoint::hit("relay.part").await.map_err(sqlx::Error::from)?;
             let bounds = self.bounds();
             let began = Instant::now();
             let work = claim_part(self.connection, xid, self.newest, bounds, &mut self.interner);
@@ -253,6 +257,7 @@ impl Leader<'_> {
             self.partition_end = all.last().map_or(1, |partition| partition.to);
             self.relay.metrics.log_partitions.set(gauge(all.len()));
             if self.newest + ahead >= self.partition_end {
+                failpoint::hit("relay.partition").await.map_err(sqlx::Error::from)?;
                 let events = retention::partition_events(self.pace.events_per_s());
                 let work = retention::create_partition(self.connection, self.partition_end, events);
                 match answered(self.relay.options.lease, work).await? {

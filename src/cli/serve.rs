@@ -47,6 +47,11 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let filter = settings.log.as_deref().unwrap_or("info");
     let json = settings.log_json.unwrap_or_default();
     let _telemetry = telemetry::tracing::init(filter, json, settings.otlp_endpoint.as_deref(), &config.node)?;
+    #[cfg(feature = "chaos")]
+    {
+        tracing::warn!("built with the feature `chaos`: anybody who reaches the port can end this process");
+        crate::mutant::choose().map_err(anyhow::Error::msg)?;
+    }
     tracing::info!(node = %config.node, configuration = %config.shown().replace('\n', "; "), "starting");
     let node = Node::start(&config).await?;
     tracing::info!(address = %node.address(), "listening");

@@ -11,6 +11,7 @@ use crate::event::row::Row;
 use crate::event::{Event, Operation, push_json_string};
 use crate::filter::{Filter, Outcome, RowImage};
 use crate::hub::shape;
+use crate::mutant::{self, Mutant};
 
 /// One table's part of a subscription.
 #[derive(Clone, Debug)]
@@ -128,6 +129,7 @@ impl TablePlan {
         let transition = match (before, after) {
             (Verdict::Shown, Verdict::Shown) => None,
             (Verdict::Filtered | Verdict::Hidden, Verdict::Shown) => Some("enter"),
+            (Verdict::Shown, _) if mutant::is(Mutant::FilterForgetsLeave) => return None,
             (Verdict::Shown, Verdict::Filtered | Verdict::Hidden) => Some("leave"),
             (Verdict::Filtered | Verdict::Hidden, Verdict::Filtered | Verdict::Hidden) => return None,
             (Verdict::Unknown, _) | (_, Verdict::Unknown) => Some("unknown"),

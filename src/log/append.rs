@@ -12,6 +12,8 @@
 //! Everything here runs on the leader's own connection (invariant I2), each claim as one autocommitted statement: its
 //! result is complete only when the server has said that it is committed, because rows are read to the end.
 
+use std::sync::OnceLock;
+
 use sqlx::Row as _;
 use sqlx::postgres::{PgConnection, PgRow};
 
@@ -19,6 +21,7 @@ pub use super::row::Interner;
 use super::row::event;
 use crate::cursor::Seq;
 use crate::event::Event;
+use crate::mutant::{self, Mutant};
 
 /// Beyond every transaction id that Postgres will draw.
 const LAST_XID: &str = "9223372036854775807";
@@ -259,6 +262,20 @@ struct PartMeta {
     lag_ms: Option<f64>,
 }
 
+/// The claim as this process makes it: [`CLAIM`], but for mutants.
+fn claim_text() -> &'static str {
+    static BROKEN: OnceLock<String> = OnceLock::new();
+    if mutant::is(Mutant::OrderById) {
+        BROKEN.get_or_init(|| CLAIM.replace("ORDER BY take.m, d.id", "ORDER BY d.id"))
+    } else if mutant::is(Mutant::OrderByXid) {
+        BROKEN.get_or_init(|| CLAIM.replace("ORDER BY take.m, d.id", "ORDER BY d.xid DESC, d.id"))
+    } else if mutant::is(Mutant::ClaimCutsTransactions) {
+        BROKEN.get_or_init(|| CLAIM.replace("o.xid = t.xid AND o.id >", "false AND o.id >"))
+    } else {
+        CLAIM
+    }
+}
+
 /// Claims the next batch after `newest`, the highest seq in the log, and moves `position`.
 ///
 /// # Errors
@@ -270,7 +287,7 @@ pub async fn claim(
     bounds: Bounds,
     intern: &mut Interner,
 ) -> Result<Claim, ClaimError> {
-    let rows = sqlx::query(CLAIM)
+    let rows = sqlx::query(claim_text())
         .bind(newest.cast_signed())
         .bind(bounds.event_bytes)
         .bind(bounds.batch)
@@ -317,6 +334,7 @@ impl Position {
         let mut parts = meta.snapshot.splitn(3, ':');
         let (_, newest, running) = (parts.next(), parts.next(), parts.next());
         self.newest_xid = newest.unwrap_or(LAST_XID).to_owned();
+        let running = if mutant::is(Mutant::FloorPassesRunning) { None } else { running };
         self.unseen = running.unwrap_or("").split(',').filter(|xid| !xid.is_empty()).map(str::to_owned).collect();
         self.unseen.extend(meta.left_out.iter().chain(&meta.skipped).cloned());
         // One that was skipped and has rows in the window is left out, too. Twice in the list, its rows would be picked
@@ -350,7 +368,7 @@ pub async fn claim_part(
         torn: meta.torn,
         poison: meta.poison,
         lag_ms: meta.lag_ms.unwrap_or_default(),
-        more: meta.rows > bounds.batch,
+        more: meta.rows > bounds.batch && !mutant::is(Mutant::PartEndsEarly),
         ..Claim::default()
     })
 }
@@ -366,7 +384,9 @@ fn take_apart<M: serde::de::DeserializeOwned>(
         if let Some(text) = row.try_get_unchecked::<Option<&str>, _>(14)? {
             meta = Some(serde_json::from_str(text).map_err(|error| sqlx::Error::Decode(error.into()))?);
         } else {
-            events.push(event(row, intern)?);
+            let mut event = event(row, intern)?;
+            event.tx_end |= mutant::is(Mutant::EveryEventEnds);
+            events.push(event);
         }
     }
     let numbered = |(event, want): (&Event, Seq)| (event.seq != want).then_some((want, event.seq));

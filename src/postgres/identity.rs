@@ -5,6 +5,7 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::watch;
 
 use super::ConnectError;
+use crate::mutant::{self, Mutant};
 
 /// One incarnation of a database: a promotion or a restore to another point makes another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +46,11 @@ impl Identity {
         let mut verdict = Ok(());
         self.seen.send_if_modified(|seen| match seen {
             Some(known) if known == found => false,
-            Some(known) if known.system_identifier == found.system_identifier && found.timeline < known.timeline => {
+            Some(known)
+                if known.system_identifier == found.system_identifier
+                    && found.timeline < known.timeline
+                    && !mutant::is(Mutant::OldPrimaryAccepted) =>
+            {
                 verdict = Err(ConnectError::OldPrimary { seen: known.timeline, found: found.timeline });
                 false
             }

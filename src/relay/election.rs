@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use super::announce::Announcer;
 use super::upkeep::{Pace, trim_log};
 use super::{ANNOUNCE_QUEUE, LEADER_LOCK, Leader, Relay, TermEnd, answered};
+use crate::failpoint;
 use crate::feed::seal::{FeedKey, Sealer};
 use crate::lifecycle::Lifecycle;
 use crate::log::append::{Interner, Position};
@@ -65,6 +66,7 @@ async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> 
             () = stop.cancelled() => return Err(TermEnd::Resigned),
         }
     }
+    failpoint::hit("election.locked").await.map_err(sqlx::Error::from)?;
     let ended = lead(relay, lifecycle, &mut connection, &incarnation).await;
     relay.metrics.leader.set(0);
     relay.metrics.relay_parked.set(0);
@@ -109,6 +111,7 @@ async fn lead(
         known: *relay.known.borrow(),
     };
     let term = answered(relay.options.lease, begin_term(connection, &candidate)).await??;
+    failpoint::hit("election.began").await.map_err(sqlx::Error::from)?;
     let sealer = Sealer::new(&key, term.epoch, term.term)
         .ok_or_else(|| TermEnd::Announce("the feed key has a wrong length".to_owned()))?;
     relay.metrics.leader.set(1);
@@ -164,6 +167,7 @@ async fn backend_pid(connection: &mut PgConnection) -> Result<i32, sqlx::Error> 
 }
 
 async fn resign(mut connection: PgConnection, term: &Term) -> Result<(), sqlx::Error> {
+    failpoint::hit("election.resigning").await?;
     end_term(&mut connection, term.term, "resigned").await?;
     sqlx::query("SELECT pg_advisory_unlock($1)").bind(LEADER_LOCK).execute(&mut connection).await?;
     sqlx::query("SELECT pg_notify('tidewire_leader', '')").execute(&mut connection).await?;

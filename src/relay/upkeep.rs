@@ -28,6 +28,7 @@ pub(super) async fn trim_log(database: Arc<Database>, retention: Duration, metri
 }
 
 async fn trim_once(database: &Database, retention: Duration) -> anyhow::Result<usize> {
+    crate::failpoint::hit("log.trim").await?;
     let (mut connection, _) = database.connect().await?;
     // A lock that is not free soon is left for the next turn: waiting for it would hold others up behind us.
     sqlx::query("SELECT set_config('lock_timeout', '2s', false), set_config('statement_timeout', '30s', false)")

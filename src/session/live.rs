@@ -19,10 +19,12 @@ use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
 use crate::cursor::{Cursor, EpochFault, Seq};
 use crate::event::Event;
+use crate::failpoint;
 use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
 use crate::hub::ring::Whole;
 use crate::hub::{Pull, Tap};
+use crate::mutant::{self, Mutant};
 use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
@@ -381,7 +383,12 @@ impl Session {
         if recovered.is_some() {
             self.context.metrics.resumes_total.with_label_values(&[source.as_str()]).inc();
         }
-        let (passed, carry) = (cursor.seq, Vec::new());
+        let passed = match recovered {
+            Some(_) if mutant::is(Mutant::ResumeSkipsOne) => cursor.seq + 1,
+            Some(_) if mutant::is(Mutant::ResumeFromNow) => self.context.hub.edge().deliverable.seq.max(cursor.seq),
+            _ => cursor.seq,
+        };
+        let carry = Vec::new();
         self.places.push(Place { id, tap, passed, generation, carry, reading: false, fell_back: false });
     }
 
@@ -424,6 +431,9 @@ impl Session {
         if place.reading {
             return Step::Nothing;
         }
+        if mutant::is(Mutant::ProgressTooEarly) {
+            self.machine.reached(now, &place.id, edge.boundary);
+        }
         let pull = match place.carry.is_empty() || edge.held {
             true => place.tap.pull(place.passed),
             false => self.pull_carried(index),
@@ -447,6 +457,10 @@ impl Session {
                 Step::Skipped
             }
             Pull::Idle(edge) => self.idle(index, edge.held, edge.boundary, now),
+            Pull::Log if mutant::is(Mutant::HistoryIsSkipped) => {
+                place.passed = edge.deliverable.seq;
+                Step::Skipped
+            }
             Pull::Log => {
                 self.read_log(index);
                 // Look again: what was just begun must be polled once, or nothing would wake us when it is done.
@@ -478,7 +492,8 @@ impl Session {
         place.carry.clear();
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
-        if epochs.admit(&position) == Err(EpochFault::Diverged) {
+        let diverged = epochs.admit(&position) == Err(EpochFault::Diverged) && !mutant::is(Mutant::DivergedNotTold);
+        if diverged || mutant::is(Mutant::ResyncEverybody) {
             let what = "the database was rewound to before this position; what came after it never happened";
             let id = place.id.to_string();
             self.machine.resync(start::resync(&self.context, id, ResyncReason::HistoryDiverged, what.to_owned()));
@@ -509,12 +524,15 @@ impl Session {
         let next = place.carry.last().map_or(place.passed, |event| event.seq) + 1;
         let (context, id) = (Arc::clone(&self.context), Arc::clone(&place.id));
         self.work.push(Box::pin(async move {
-            let page = context.pages.holding(next, edge.deliverable.seq, edge.generation).await;
+            let page = match failpoint::hit("resume.page").await {
+                Ok(()) => context.pages.holding(next, edge.deliverable.seq, edge.generation).await.map_err(|_| ()),
+                Err(_) => Err(()),
+            };
             if page.is_err() {
                 // Postgres is away: the socket stays, the position waits.
                 tokio::time::sleep(LOG_RETRY).await;
             }
-            Done::Page(id, edge.generation, page.map_err(|_| ()))
+            Done::Page(id, edge.generation, page)
         }));
     }
 

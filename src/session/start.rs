@@ -15,11 +15,13 @@ use uuid::Uuid;
 use crate::auth::scope::{OpSet, Scopes, TableAccess};
 use crate::cursor::{Cursor, EpochFault, MalformedCursor, Seq};
 use crate::event::Operation;
+use crate::failpoint;
 use crate::filter::{Column, Filter};
 use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
 use crate::hub::{Edge, Tap};
 use crate::log::read;
+use crate::mutant::{self, Mutant};
 use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
@@ -91,6 +93,8 @@ pub async fn start(
             return Err(WireError::never(ErrorCode::Unsupported, what).into());
         }
     };
+    let unlucky = |_| unavailable("a fail point");
+    failpoint::hit("resume.settle").await.map_err(unlucky)?;
     let edge = settled(context).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
     let tap = join(context, scopes, subscribe, &wish, signal).await?;
@@ -99,7 +103,9 @@ pub async fn start(
         let (cursor, generation) = (edge.boundary, edge.generation);
         return Ok(Started { tap, cursor, recovered: None, source: Source::Live, generation });
     };
-    match resume(context, cursor, edge).await {
+    let resumed = resume(context, cursor, edge).await;
+    failpoint::hit("resume.decided").await.map_err(unlucky)?;
+    match resumed {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
         Err(refused) => Err(or_snapshot(subscribe, refused)),
     }
@@ -384,6 +390,7 @@ async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source
         edge = after_reconcile(context, edge, cursor.seq).await?;
     }
     match context.hub.epochs().admit(&cursor) {
+        Ok(()) | Err(EpochFault::Diverged) if mutant::is(Mutant::DivergedNotTold) => {}
         Ok(()) => {}
         Err(EpochFault::Unknown) => {
             let what = "the cursor is of an epoch that this log never had: it belongs to another cluster";
@@ -394,13 +401,16 @@ async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source
             return Err(gone(context, ResyncReason::HistoryDiverged, what));
         }
     }
-    if cursor.seq > edge.deliverable.seq && cursor.seq > context.hub.high_water() {
+    if cursor.seq > edge.deliverable.seq
+        && cursor.seq > context.hub.high_water()
+        && !mutant::is(Mutant::DivergedNotTold)
+    {
         let what = "the cursor is beyond the end of the log: it belongs to another cluster";
         return Err(gone(context, ResyncReason::CursorInvalid, what));
     }
     let memory = cursor.seq >= context.hub.ring_base();
     match id_at(context, cursor.seq, edge).await? {
-        Some(id) if !cursor.matches(id) => {
+        Some(id) if !cursor.matches(id) && !mutant::is(Mutant::DivergedNotTold) => {
             let what = "another event stands at this position: the cursor is forged or the log has diverged";
             return Err(gone(context, ResyncReason::HistoryDiverged, what));
         }

@@ -12,6 +12,7 @@ use crate::history::{FaultDone, FaultOn, Line, LogRow, Micros, Record, Want, Wri
 pub(super) struct Transaction {
     /// When COMMIT was sent, and what it was to commit.
     pub(super) commit: Option<(Micros, Vec<Write>)>,
+    pub(super) xid: u64,
     pub(super) end: Option<(Micros, End)>,
 }
 
@@ -123,9 +124,11 @@ impl Gathered {
     fn writer(&mut self, t: Micros, record: Record) {
         match record {
             Record::Begin { w, n } => drop(self.transactions.insert((w, n), Transaction::default())),
-            Record::Commit { w, n, ops, .. } => {
+            Record::Commit { w, n, xid, ops } => {
                 self.counts.transactions_of_several_rows += u64::from(ops.len() > 1);
-                self.transactions.entry((w, n)).or_default().commit = Some((t, ops));
+                let transaction = self.transactions.entry((w, n)).or_default();
+                transaction.commit = Some((t, ops));
+                transaction.xid = xid;
             }
             Record::Ok { w, n } => {
                 self.counts.transactions_ok += 1;

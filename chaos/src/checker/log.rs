@@ -24,22 +24,23 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     tables(gathered, findings);
 }
 
-/// Values to the change that wrote them. A value is written once and deleted once.
-struct Written<'a>(HashMap<(bool, &'a str), (Id, &'a Write)>);
+/// Values, in their transactions, to the changes that wrote them. Neither says it alone: a failover that loses a tail gives
+/// xids a second time, and has a value deleted a second time.
+struct Written<'a>(HashMap<(u64, bool, &'a str), (Id, &'a Write)>);
 
 impl<'a> Written<'a> {
     fn index(gathered: &'a Gathered) -> Self {
-        let all = gathered.transactions.iter().filter_map(|(id, t)| Some((*id, &t.commit.as_ref()?.1)));
+        let all = gathered.transactions.iter().filter_map(|(id, t)| Some((*id, t.xid, &t.commit.as_ref()?.1)));
         Self(
-            all.flat_map(|(id, ops)| {
-                ops.iter().map(move |write| ((write.op == "DELETE", write.val.as_str()), (id, write)))
+            all.flat_map(|(id, xid, ops)| {
+                ops.iter().map(move |write| ((xid, write.op == "DELETE", write.val.as_str()), (id, write)))
             })
             .collect(),
         )
     }
 
     fn of(&self, row: &LogRow) -> Option<(Id, &'a Write)> {
-        self.0.get(&(row.op == "DELETE", row.val.as_deref()?)).copied()
+        self.0.get(&(row.xid, row.op == "DELETE", row.val.as_deref()?)).copied()
     }
 }
 

@@ -174,6 +174,10 @@ impl<'a> Rules<'a> {
     /// A batch that does not say that it is open ends with the last event of its transaction that is due.
     fn atomic(&self, findings: &mut Findings) {
         for pair in self.subscription.events.windows(2) {
+            // Of a lost tail nobody knows any more what its transactions were.
+            if pair.iter().any(|event| self.gathered.epoch_of(event.seq) > event.epoch) {
+                continue;
+            }
             let (Some(a), Some(b)) = (self.row(pair[0].seq), self.row(pair[1].seq)) else { continue };
             let torn = pair[0].closes && a.xid == b.xid && !a.tx_end && pair[0].epoch == pair[1].epoch;
             if torn && (a.seq..b.seq).all(|seq| self.row(seq).is_some_and(|row| row.xid == a.xid && !row.tx_end)) {

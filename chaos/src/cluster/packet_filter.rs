@@ -19,9 +19,11 @@ impl PacketFilter {
     /// # Errors
     /// There is no `nft`, or it may not.
     pub fn new() -> anyhow::Result<Self> {
-        nft(&format!(
-            "table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\nchain output {{ type filter hook output priority 0; }}\n}}"
-        ))?;
+        let script = format!(
+            "table {TABLE}\ndelete table {TABLE}\n\
+             table {TABLE} {{\n chain output {{\n type filter hook output priority 0;\n }}\n}}\n"
+        );
+        nft(&script)?;
         Ok(Self(()))
     }
 

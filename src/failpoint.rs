@@ -1,0 +1,155 @@
+//! Steps of the server that a test build can kill, delay or make fail from outside; in every other build this is nothing.
+//!
+//! Compiled in only by the feature `chaos`, which no release has: then `PUT /chaos/failpoints/<name>` with an action as
+//! its body arms one, and `GET /chaos/failpoints` lists them. Without the feature [`hit`] is an empty function.
+
+/// What an armed fail point does. `once:` before it disarms it after the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The process ends at once, as by SIGKILL.
+    Kill,
+    /// The step waits so many milliseconds.
+    Sleep(u64),
+    /// The step fails.
+    Error,
+}
+
+/// A fail point said so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the fail point {0} said so")]
+pub struct Injected(pub &'static str);
+
+impl From<Injected> for sqlx::Error {
+    fn from(injected: Injected) -> Self {
+        Self::Protocol(injected.to_string())
+    }
+}
+
+/// Passes a step. See the module.
+///
+/// # Errors
+/// The fail point is armed with `error`.
+#[cfg(not(feature = "chaos"))]
+#[inline(always)]
+#[expect(clippy::unused_async, reason = "the other build waits here")]
+pub async fn hit(_name: &'static str) -> Result<(), Injected> {
+    Ok(())
+}
+
+#[cfg(feature = "chaos")]
+pub use armed::{NAMES, hit, routes};
+
+#[cfg(feature = "chaos")]
+mod armed {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use axum::extract::Path;
+    use axum::http::StatusCode;
+    use axum::routing::{get, put};
+    use axum::{Json, Router};
+    use parking_lot::Mutex;
+
+    use super::{Action, Injected};
+
+    /// Every fail point: the room, then the step.
+    pub const NAMES: [&str; 16] = [
+        "election.locked",
+        "election.began",
+        "election.resigning",
+        "relay.claim",
+        "relay.claimed",
+        "relay.part",
+        "relay.partition",
+        "relay.announce",
+        "feed.heard",
+        "feed.reconcile",
+        "feed.read",
+        "feed.epoch",
+        "resume.settle",
+        "resume.decided",
+        "resume.page",
+        "log.trim",
+    ];
+
+    /// Armed ones, and whether they disarm themselves.
+    static ARMED: Mutex<BTreeMap<&'static str, (Action, bool)>> = Mutex::new(BTreeMap::new());
+
+    /// Passes a step. See the module.
+    ///
+    /// # Errors
+    /// The fail point is armed with `error`.
+    pub async fn hit(name: &'static str) -> Result<(), Injected> {
+        debug_assert!(NAMES.contains(&name), "{name} is not listed");
+        let action = {
+            let mut armed = ARMED.lock();
+            let Some((action, once)) = armed.get(name).copied() else { return Ok(()) };
+            if once {
+                armed.remove(name);
+            }
+            action
+        };
+        tracing::warn!(name, ?action, "fail point");
+        match action {
+            Action::Kill => std::process::abort(),
+            Action::Sleep(millis) => {
+                tokio::time::sleep(Duration::from_millis(millis)).await;
+                Ok(())
+            }
+            Action::Error => Err(Injected(name)),
+        }
+    }
+
+    /// The routes of the module's head.
+    pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
+        Router::new().route("/chaos/failpoints", get(list)).route("/chaos/failpoints/{name}", put(arm))
+    }
+
+    async fn list() -> Json<BTreeMap<&'static str, String>> {
+        let armed = ARMED.lock();
+        let state = |name| armed.get(name).map_or_else(|| "off".to_owned(), |(action, _)| format!("{action:?}"));
+        Json(NAMES.into_iter().map(|name| (name, state(name))).collect())
+    }
+
+    async fn arm(Path(name): Path<String>, body: String) -> (StatusCode, String) {
+        let Some(name) = NAMES.into_iter().find(|known| *known == name) else {
+            return (StatusCode::NOT_FOUND, format!("no fail point {name}; there are: {}\n", NAMES.join(", ")));
+        };
+        match parse(&body) {
+            Some(None) => drop(ARMED.lock().remove(name)),
+            Some(Some(armed)) => drop(ARMED.lock().insert(name, armed)),
+            None => {
+                let what =
+                    "an action is off, kill, error or sleep(<milliseconds>), with `once:` before it if need be\n";
+                return (StatusCode::BAD_REQUEST, what.to_owned());
+            }
+        }
+        (StatusCode::OK, "armed\n".to_owned())
+    }
+
+    /// None: not an action. `Some(None)`: off.
+    fn parse(text: &str) -> Option<Option<(Action, bool)>> {
+        let text = text.trim();
+        let (once, text) = text.strip_prefix("once:").map_or((false, text), |text| (true, text));
+        let action = match text {
+            "off" => return Some(None),
+            "kill" => Action::Kill,
+            "error" => Action::Error,
+            text => Action::Sleep(text.strip_prefix("sleep(")?.strip_suffix(')')?.parse().ok()?),
+        };
+        Some(Some((action, once)))
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn actions_are_read() {
+            assert_eq!(parse("kill"), Some(Some((Action::Kill, false))));
+            assert_eq!(parse("once:sleep(250)"), Some(Some((Action::Sleep(250), true))));
+            assert_eq!(parse("off"), Some(None));
+            assert_eq!(parse("explode"), None);
+        }
+    }
+}
