@@ -141,14 +141,17 @@ pub(super) async fn old_primary_returns(act: &mut Act<'_>) -> anyhow::Result<()>
     // If anything fails from here on, the slot's end still rebuilds the pair.
     act.board.leave_old_primary(old.clone());
     let seen = tempt(act.scene(), &old).await?;
-    act.board.take_old_primary();
     act.took = seen.accepted;
     act.figure("lost_rows", seen.lost as f64);
     if let Some(text) = seen.relayed {
         act.violation(text);
     }
+    let postgres = act.cluster().postgres();
+    postgres.server(postgres.standby_slot()).stop(Stop::Immediate).await?;
+    // The copy is made at the slot's end: it is no part of the recovery.
+    act.board.leave_old_primary(OldPrimary { tail: None, ..old });
     act.off();
-    act.cluster().postgres().rebuild_standby().await
+    Ok(())
 }
 
 /// What happened while the old primary ran.

