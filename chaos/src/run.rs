@@ -29,6 +29,9 @@ const HEALTHY: Duration = Duration::from_secs(90);
 const DRAIN: Duration = Duration::from_secs(60);
 /// Between two looks at the nodes' memory.
 const LOOK: Duration = Duration::from_secs(1);
+/// What the nodes run with beside the defaults. Progress often enough that a client of a rare filter soon says where it is;
+/// a slow consumer given up soon enough for a run of two minutes.
+const SETTINGS: [(&str, &str); 2] = [("TIDEWIRE_PROGRESS_MS", "1000"), ("TIDEWIRE_SLOW_AFTER_MS", "8000")];
 /// A run's history, in its folder.
 const HISTORY: &str = "history.jsonl";
 
@@ -107,7 +110,11 @@ fn cluster_options(options: &RunOptions, abilities: &Abilities) -> ClusterOption
         binary: options.binary.clone(),
         nodes: plan.nodes,
         seed: plan.seed,
-        env: options.mutant.iter().map(|mutant| ("TIDEWIRE_MUTANT".into(), mutant.clone())).collect(),
+        env: SETTINGS
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .chain(options.mutant.iter().map(|mutant| ("TIDEWIRE_MUTANT".into(), mutant.clone())))
+            .collect(),
         small_disks: full,
     }
 }

@@ -12,9 +12,7 @@ use tidewire::client::Cursor;
 use uuid::Uuid;
 
 use super::{Verdict, check};
-use crate::history::{
-    Delivered, FaultDone, FaultOn, Line, LogRow, Record, Run, VERSION, Want, Write,
-};
+use crate::history::{Delivered, FaultDone, FaultOn, Line, LogRow, Record, Run, VERSION, Want, Write};
 
 const TABLE: &str = "public.accounts";
 
@@ -156,7 +154,14 @@ impl History {
     }
 
     fn check(self) -> Verdict {
-        let run = Run { version: VERSION, seed: 1, server: String::new(), mutant: None, wall: 0, plan: serde_json::Value::Null };
+        let run = Run {
+            version: VERSION,
+            seed: 1,
+            server: String::new(),
+            mutant: None,
+            wall: 0,
+            plan: serde_json::Value::Null,
+        };
         let mut lines = vec![Record::Run(run)];
         lines.extend(self.lines);
         lines.extend(self.log.into_iter().map(Record::Log));
@@ -173,7 +178,8 @@ impl History {
         lines.extend(self.matches.into_iter().map(|(want, seqs)| Record::Matches { want, seqs }));
         lines.push(Record::Outbox { rows: 0 });
         lines.push(Record::Done { lines: 0 });
-        let stamped = lines.into_iter().enumerate().map(|(n, record)| Ok::<_, Infallible>(Line(n as u64 * 1_000, record)));
+        let stamped =
+            lines.into_iter().enumerate().map(|(n, record)| Ok::<_, Infallible>(Line(n as u64 * 1_000, record)));
         let Ok(verdict) = check(stamped);
         verdict
     }
@@ -211,4 +217,3 @@ fn row(branch: u32, seq: u64, xid: u64, tx_end: bool, write: &Write) -> LogRow {
         fingerprint: print(branch, seq),
     }
 }
-

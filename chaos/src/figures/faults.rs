@@ -18,6 +18,11 @@ fn silences_relay(class: &str) -> bool {
     matches!(class, "F2" | "F3" | "F5" | "F6" | "F10" | "F11" | "F13" | "F16" | "F20" | "FP")
 }
 
+/// Faults whose victims find out only by silence.
+fn notices_late(class: &str) -> bool {
+    matches!(class, "F4" | "F7" | "F8")
+}
+
 pub(super) fn measure(timeline: &Timeline) -> Vec<FaultFigures> {
     let mut all: Vec<FaultFigures> = Vec::new();
     for (f, (on, fault)) in &timeline.on {
@@ -76,7 +81,8 @@ fn add_timeline(timeline: &Timeline, fault: &mut FaultFigures) {
         .filter_map(|s| client_silence(timeline, *s, fault.on, off + AFTER))
         .max();
     insert(fault, "others_silence_us", silence);
-    insert(fault, "losers_caught_up_us", losers_caught_up(timeline, fault.on, off));
+    let noticed = if notices_late(&fault.class) { off + NOTICED } else { off + AFTER };
+    insert(fault, "losers_caught_up_us", losers_caught_up(timeline, fault.on, noticed));
     let closed = timeline.turns.keys().filter(|s| was(timeline, **s, Turn::Lost, fault.on, off)).count();
     fault.figures.insert("sockets_closed_n".into(), closed as f64);
     if let Some(ratio) = drain_ratio(timeline, off) {
@@ -135,21 +141,14 @@ fn client_silence(timeline: &Timeline, s: u32, on: Micros, end: Micros) -> Optio
     worst
 }
 
-/// From the fault to the last of its victims having reached the present again.
-fn losers_caught_up(timeline: &Timeline, on: Micros, off: Micros) -> Option<Micros> {
-    let mut worst = None;
-    for turns in timeline.turns.values() {
-        let Some(lost) = turns.iter().position(|(t, turn)| *turn == Turn::Lost && *t >= on && *t <= off + NOTICED)
-        else {
-            continue;
-        };
-        let end = turns[lost..].iter().find(|(_, turn)| matches!(turn, Turn::CaughtUp | Turn::Ended));
-        match end {
-            Some((t, Turn::CaughtUp)) => worst = worst.max(Some(t - on)),
-            _ => {}
-        }
-    }
-    worst
+/// The longest way of a victim from its loss to the present again.
+fn losers_caught_up(timeline: &Timeline, on: Micros, noticed: Micros) -> Option<Micros> {
+    let back = |turns: &Vec<(Micros, Turn)>| {
+        let lost = turns.iter().position(|(t, turn)| *turn == Turn::Lost && *t >= on && *t <= noticed)?;
+        let after = turns[lost..].iter().find(|(_, turn)| matches!(turn, Turn::CaughtUp | Turn::Ended));
+        after.filter(|(_, turn)| *turn == Turn::CaughtUp).map(|(t, _)| t - turns[lost].0)
+    };
+    timeline.turns.values().filter_map(back).max()
 }
 
 /// How many times faster than it was written the backlog was relayed after the heal; nothing if there was none.
