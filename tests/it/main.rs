@@ -9,6 +9,7 @@
 mod auth;
 mod capture;
 mod deliver;
+mod deployment;
 mod doctor;
 mod drain;
 mod election;
