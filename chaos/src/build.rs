@@ -50,6 +50,14 @@ fn build(failpoints: bool) -> anyhow::Result<PathBuf> {
     if failpoints {
         command.args(["--features", "chaos"]);
     }
+    // Under `cargo run` we have cargo's variables about ourselves: with them, build scripts that look at them would run
+    // again, and everything that depends on theirs would be built anew.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_") && !matches!(&*text, "CARGO_HOME" | "CARGO_TARGET_DIR") {
+            command.env_remove(&name);
+        }
+    }
     let status = command.status().context("cargo cannot be run: name a server with --server")?;
     ensure!(status.success(), "the server does not build");
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
