@@ -13,6 +13,18 @@ quick:
     cargo clippy --all-targets --locked -- -D warnings
     cargo test --test it tidy
 
+# One run of the chaos campaign (docs/CHAOS.md)
+chaos *args:
+    cargo run --release -p chaos -- run {{args}}
+
+# A night of it
+nightly hours="8":
+    chaos/nightly.sh {{hours}}
+
+# Lines of src/ that the tests run, with the files that have the most left (needs cargo-llvm-cov)
+coverage:
+    tests/coverage.sh
+
 # Postgres, three nodes, a demo
 dev *args:
     cargo run --release -- dev {{args}}

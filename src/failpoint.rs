@@ -37,17 +37,13 @@ pub async fn hit(_name: &'static str) -> Result<(), Injected> {
 }
 
 #[cfg(feature = "chaos")]
-pub use armed::{NAMES, hit, routes};
+pub use armed::{NAMES, NotArmed, arm, hit, states};
 
 #[cfg(feature = "chaos")]
 mod armed {
     use std::collections::BTreeMap;
     use std::time::Duration;
 
-    use axum::extract::Path;
-    use axum::http::StatusCode;
-    use axum::routing::{get, put};
-    use axum::{Json, Router};
     use parking_lot::Mutex;
 
     use super::{Action, Injected};
@@ -100,31 +96,37 @@ mod armed {
         }
     }
 
-    /// The routes of the module's head.
-    pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
-        Router::new().route("/chaos/failpoints", get(list)).route("/chaos/failpoints/{name}", put(arm))
-    }
-
-    async fn list() -> Json<BTreeMap<&'static str, String>> {
+    /// Every fail point and what it does now.
+    #[must_use]
+    pub fn states() -> BTreeMap<&'static str, String> {
         let armed = ARMED.lock();
         let state = |name| armed.get(name).map_or_else(|| "off".to_owned(), |(action, _)| format!("{action:?}"));
-        Json(NAMES.into_iter().map(|name| (name, state(name))).collect())
+        NAMES.into_iter().map(|name| (name, state(name))).collect()
     }
 
-    async fn arm(Path(name): Path<String>, body: String) -> (StatusCode, String) {
-        let Some(name) = NAMES.into_iter().find(|known| *known == name) else {
-            return (StatusCode::NOT_FOUND, format!("no fail point {name}; there are: {}\n", NAMES.join(", ")));
-        };
-        match parse(&body) {
-            Some(None) => drop(ARMED.lock().remove(name)),
-            Some(Some(armed)) => drop(ARMED.lock().insert(name, armed)),
-            None => {
-                let what =
-                    "an action is off, kill, error or sleep(<milliseconds>), with `once:` before it if need be\n";
-                return (StatusCode::BAD_REQUEST, what.to_owned());
-            }
+    /// Why a fail point was not armed.
+    #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+    pub enum NotArmed {
+        /// There is none of that name.
+        #[error("no fail point {0}; there are: {names}", names = NAMES.join(", "))]
+        Unknown(String),
+        /// The text is no action.
+        #[error("an action is off, kill, error or sleep(<milliseconds>), with `once:` before it if need be")]
+        BadAction,
+    }
+
+    /// Arms a fail point, or disarms it with `off`.
+    ///
+    /// # Errors
+    /// [`NotArmed`].
+    pub fn arm(name: &str, action: &str) -> Result<(), NotArmed> {
+        let known = NAMES.into_iter().find(|known| *known == name);
+        let name = known.ok_or_else(|| NotArmed::Unknown(name.to_owned()))?;
+        match parse(action).ok_or(NotArmed::BadAction)? {
+            Some(armed) => drop(ARMED.lock().insert(name, armed)),
+            None => drop(ARMED.lock().remove(name)),
         }
-        (StatusCode::OK, "armed\n".to_owned())
+        Ok(())
     }
 
     /// None: not an action. `Some(None)`: off.
@@ -143,6 +145,12 @@ mod armed {
     #[cfg(test)]
     mod tests {
         use super::*;
+
+        #[test]
+        fn what_cannot_be_armed_says_why() {
+            assert!(arm("relay.nonsense", "kill").unwrap_err().to_string().contains("relay.claim"));
+            assert_eq!(arm("relay.claim", "explode"), Err(NotArmed::BadAction));
+        }
 
         #[test]
         fn actions_are_read() {

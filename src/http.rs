@@ -1,6 +1,8 @@
 //! HTTP: one resource a file, one mapping of errors.
 
 pub mod credentials;
+#[cfg(feature = "chaos")]
+mod failpoints;
 pub mod health;
 pub mod problem;
 pub mod serve;
@@ -20,7 +22,7 @@ use crate::session::Context;
 pub fn router(context: Arc<Context>) -> Router {
     let router = Router::new();
     #[cfg(feature = "chaos")]
-    let router = router.merge(crate::failpoint::routes());
+    let router = router.merge(failpoints::routes());
     router
         .route("/v1/ws", any(ws::upgrade))
         .route("/v1/sse", get(sse::stream))

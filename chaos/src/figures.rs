@@ -29,7 +29,7 @@ pub struct Lag {
 }
 
 /// One fault, as it went.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FaultFigures {
     /// Its number in the plan.
     pub f: u32,
@@ -68,24 +68,6 @@ pub struct Figures {
     pub lag: Vec<Lag>,
     /// Lag of every delivery of the run in buckets of 2^(n/4) microseconds.
     pub lag_buckets: Vec<u64>,
-}
-
-impl Default for FaultFigures {
-    fn default() -> Self {
-        Self {
-            f: 0,
-            class: String::new(),
-            variant: String::new(),
-            target: String::new(),
-            on: 0,
-            off: None,
-            took: false,
-            progressed: false,
-            alone: false,
-            skipped: None,
-            figures: BTreeMap::new(),
-        }
-    }
 }
 
 /// Reads a history and measures it.

@@ -45,16 +45,21 @@ fn leaders(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
 }
 
 fn codes(gathered: &Gathered, findings: &mut Findings) {
-    for (at, s, code, status, cause) in &gathered.codes {
-        let known = code.is_none_or(|code| CLOSE_CODES.contains(&code))
-            && status.is_none_or(|status| STATUSES.contains(&status));
+    for loss in &gathered.losses {
+        let known = loss.code.is_none_or(|code| CLOSE_CODES.contains(&code))
+            && loss.status.is_none_or(|status| STATUSES.contains(&status));
+        let (s, cause) = (loss.s, &loss.cause);
         if !known {
             let text = format!("subscription {s} was disconnected in a way that no document knows: {cause}");
-            findings.violation("codes", *at, text);
+            findings.violation("codes", loss.at, text);
         }
         if cause.contains("follows on") {
-            findings.violation("resumable", *at, format!("subscription {s} found a gap between two frames: {cause}"));
+            let text = format!("subscription {s} found a gap between two frames: {cause}");
+            findings.violation("resumable", loss.at, text);
         }
+    }
+    for (at, error) in &gathered.refused {
+        findings.violation("refused", *at, format!("a client was turned away for good: {error}"));
     }
     for subscription in gathered.subscriptions.values() {
         if let Some((at, error)) = &subscription.refused {

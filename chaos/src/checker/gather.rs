@@ -67,6 +67,16 @@ pub(super) enum Kind {
     Resumed,
 }
 
+/// How a connection was lost, or refused before it was one.
+#[derive(Debug)]
+pub(super) struct Loss {
+    pub(super) at: Micros,
+    pub(super) s: u32,
+    pub(super) code: Option<u16>,
+    pub(super) status: Option<u16>,
+    pub(super) cause: String,
+}
+
 /// Everything that the rules look at.
 #[derive(Debug, Default)]
 pub(super) struct Gathered {
@@ -86,7 +96,9 @@ pub(super) struct Gathered {
     pub(super) rows: BTreeMap<(String, i64), String>,
     pub(super) matches: HashMap<Want, Vec<(u64, u64)>>,
     pub(super) outbox: Option<u64>,
-    pub(super) codes: Vec<(Micros, u32, Option<u16>, Option<u16>, String)>,
+    pub(super) losses: Vec<Loss>,
+    /// Of clients that were turned away before they could subscribe.
+    pub(super) refused: Vec<(Micros, String)>,
     pub(super) planned: Option<serde_json::Value>,
     pub(super) end: Micros,
 }
@@ -172,7 +184,8 @@ impl Gathered {
                     (None, None) => "network".into(),
                 };
                 *self.counts.disconnects.entry(name).or_default() += 1;
-                self.codes.push((t, *s, *code, *status, cause.clone()));
+                let (s, code, status, cause) = (*s, *code, *status, cause.clone());
+                self.losses.push(Loss { at: t, s, code, status, cause });
             }
             Record::Subscribed { source, .. } | Record::Resumed { source, .. } => {
                 *self.counts.resumes.entry(source.clone()).or_default() += 1;
@@ -195,7 +208,7 @@ impl Gathered {
         };
         let Some(subscription) = self.subscriptions.get_mut(s) else {
             if let Record::Refused { error, .. } = record {
-                self.codes.push((t, u32::MAX, Some(0), None, error));
+                self.refused.push((t, error));
             }
             return;
         };

@@ -66,6 +66,64 @@ enum Step {
 
 struct Feed(Design);
 
+impl Feed {
+    /// What a node does for the client.
+    fn served(&self, before: &State, step: Step) -> Option<State> {
+        let mut state = before.clone();
+        match step {
+            Step::Connect(n) => {
+                state.connections += 1;
+                let node = &state.nodes[n];
+                if state.position > node.newest {
+                    // Behind the client: it must read the log's end before it can say anything.
+                    if self.0 == Design::StaleAnswers {
+                        state.resynced = Some((state.position, state.log_oldest));
+                        return Some(state);
+                    }
+                    return None;
+                }
+                if state.position < node.base && state.position + 1 < state.log_oldest {
+                    state.resynced = Some((state.position, state.log_oldest));
+                    return Some(state);
+                }
+                state.on = Some(n);
+                state.sent = state.position.saturating_sub(u8::from(self.0 == Design::ResumeInclusive));
+            }
+            Step::Deliver => {
+                let node = &state.nodes[state.on?];
+                let slack = u8::from(self.0 == Design::TrimOneTooMany);
+                let next = if state.sent + slack >= node.base {
+                    node.ring.iter().copied().find(|seq| *seq > state.sent)?
+                } else if state.sent + 1 >= state.log_oldest && state.sent < state.log_newest {
+                    state.from_log = true;
+                    state.sent + 1
+                } else if state.sent + 1 < state.log_oldest {
+                    // It left the log while it was connected.
+                    state.resynced = Some((state.sent, state.log_oldest));
+                    state.on = None;
+                    return Some(state);
+                } else {
+                    return None;
+                };
+                state.sent = next;
+                state.position = next;
+                state.seen.push(next);
+            }
+            Step::Progress => {
+                let node = &state.nodes[state.on?];
+                let all = state.sent == node.newest;
+                if !all && self.0 != Design::ProgressBeforeEvents || state.position >= node.newest {
+                    return None;
+                }
+                state.position = node.newest;
+                state.sent = node.newest;
+            }
+            _ => return None,
+        }
+        Some(state)
+    }
+}
+
 impl Model for Feed {
     type State = State;
     type Action = Step;
@@ -134,53 +192,7 @@ impl Model for Feed {
                 node.ring.retain(|seq| *seq > base);
             }
             Step::TrimLog => state.log_oldest += 1,
-            Step::Connect(n) => {
-                state.connections += 1;
-                let node = &state.nodes[n];
-                if state.position > node.newest {
-                    // Behind the client: it must read the log's end before it can say anything.
-                    if self.0 == Design::StaleAnswers {
-                        state.resynced = Some((state.position, state.log_oldest));
-                        return Some(state);
-                    }
-                    return None;
-                }
-                if state.position < node.base && state.position + 1 < state.log_oldest {
-                    state.resynced = Some((state.position, state.log_oldest));
-                    return Some(state);
-                }
-                state.on = Some(n);
-                state.sent = state.position.saturating_sub(u8::from(self.0 == Design::ResumeInclusive));
-            }
-            Step::Deliver => {
-                let node = &state.nodes[state.on?];
-                let slack = u8::from(self.0 == Design::TrimOneTooMany);
-                let next = if state.sent + slack >= node.base {
-                    node.ring.iter().copied().find(|seq| *seq > state.sent)?
-                } else if state.sent + 1 >= state.log_oldest && state.sent < state.log_newest {
-                    state.from_log = true;
-                    state.sent + 1
-                } else if state.sent + 1 < state.log_oldest {
-                    // It left the log while it was connected.
-                    state.resynced = Some((state.sent, state.log_oldest));
-                    state.on = None;
-                    return Some(state);
-                } else {
-                    return None;
-                };
-                state.sent = next;
-                state.position = next;
-                state.seen.push(next);
-            }
-            Step::Progress => {
-                let node = &state.nodes[state.on?];
-                let all = state.sent == node.newest;
-                if !all && self.0 != Design::ProgressBeforeEvents || state.position >= node.newest {
-                    return None;
-                }
-                state.position = node.newest;
-                state.sent = node.newest;
-            }
+            Step::Connect(_) | Step::Deliver | Step::Progress => return self.served(before, step),
             Step::Disconnect => state.on = None,
         }
         Some(state)

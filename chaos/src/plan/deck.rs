@@ -48,9 +48,8 @@ impl Takes {
     pub(super) const fn agrees(self, other: Self) -> bool {
         let both = Self(self.0 & other.0);
         let either = self.and(other);
-        !either.has(Self::ALL)
-            && !both.has(Self::POSTGRES.and(Self::CLIENTS).and(Self::FILTER))
-            && !(either.has(Self::POSTGRES) && either.has(Self::SESSION))
+        let alone = either.has(Self::ALL) || both.has(Self::POSTGRES.and(Self::CLIENTS).and(Self::FILTER));
+        !(alone || either.has(Self::POSTGRES) && either.has(Self::SESSION))
     }
 }
 
