@@ -17,6 +17,8 @@ use crate::run::{self, Outcome, RunOptions, Watcher};
 
 /// Runs that a mutant has to be caught in.
 pub const MUTANT_RUNS: u32 = 5;
+/// Runs that may fail for reasons of their own before a campaign gives up.
+const NOT_CARRIED_OUT: usize = 3;
 /// Every so many runs of a campaign, one is of the server with fail points, if there is one.
 const FAILPOINTS_EVERY: u64 = 4;
 
@@ -76,8 +78,18 @@ pub async fn campaign(
             plan,
             mutant: None,
         };
-        let Outcome { summary, .. } =
-            run::run(&run, abilities, watcher).await.with_context(|| format!("run {} (seed {seed})", round + 1))?;
+        let outcome = run::run(&run, abilities, watcher).await;
+        let Outcome { summary, .. } = match outcome {
+            Ok(outcome) => outcome,
+            // It says nothing about the server, but somebody has to look at it: its folder stays.
+            Err(error) => {
+                let why = format!("run {} (seed {seed}): {error:#}", round + 1);
+                watcher.step(&format!("NOT CARRIED OUT: {why}; see {}", folder.display()));
+                report.not_carried_out.push(why);
+                ensure!(report.not_carried_out.len() <= NOT_CARRIED_OUT, "too many runs could not be carried out");
+                continue;
+            }
+        };
         if summary.violations.is_empty() {
             fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         } else {

@@ -61,6 +61,8 @@ pub struct Report {
     pub command: String,
     /// In the order in which they ran.
     pub runs: Vec<RunSummary>,
+    /// Runs that could not be carried out, with why: they prove nothing.
+    pub not_carried_out: Vec<String>,
 }
 
 /// A class of faults over all runs.

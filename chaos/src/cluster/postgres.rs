@@ -8,7 +8,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -34,6 +34,10 @@ const CONNECT: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(20);
 /// The database of the workload and of Tidewire.
 const DATABASE: &str = "app";
+/// Ports of servers.
+const PORTS: std::ops::RangeInclusive<u16> = 15_000..=30_000;
+/// Each process of the campaign begins somewhere else, and goes round in so many.
+const PORTS_A_PROCESS: u16 = 2_000;
 /// Its owner: the role of the nodes and of the writers.
 pub(super) const OWNER: &str = "app";
 
@@ -482,9 +486,18 @@ pub(super) const fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-/// Free now; whoever gets it must take it soon.
+/// A free port for a server that starts later, perhaps again and again. Never one of those that the system gives to
+/// connections (32768 and above on Linux): one of our thousands would sit on it by then.
 pub(super) fn free_port() -> std::io::Result<u16> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr().map(|address| address.port())
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let begin = *PORTS.start() + u16::try_from(std::process::id() % 100).unwrap_or(0) * 100;
+    for _ in PORTS {
+        let port = begin + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS_A_PROCESS;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(std::io::Error::new(std::io::ErrorKind::AddrInUse, format!("no free port in {PORTS:?}")))
 }
 
 /// The newest Postgres of this machine: beside `initdb` in the PATH, or where Debian puts it.

@@ -27,6 +27,7 @@ pub(super) fn begin(what: &str, began: DateTime<Utc>, abilities: &Abilities, ser
         cannot: abilities.cannot(),
         command: command_line(),
         runs: Vec::new(),
+        not_carried_out: Vec::new(),
     }
 }
 

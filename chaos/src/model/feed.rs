@@ -20,7 +20,7 @@ enum Design {
     StaleAnswers,
 }
 
-const EVENTS: u8 = 4;
+const EVENTS: u8 = 3;
 /// Resumes of the client; more change nothing but the number of states.
 const CONNECTIONS: u8 = 3;
 

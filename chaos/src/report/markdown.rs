@@ -201,6 +201,9 @@ fn broken(report: &Report, page: &mut String) {
 }
 
 fn runs(report: &Report, page: &mut String) {
+    for why in &report.not_carried_out {
+        put!(page, "\n**Not carried out:** {}", why.lines().next().unwrap_or_default());
+    }
     put!(page, "\n## Runs\n");
     put!(page, "| seed | server | seconds | faults | deliveries | violations | late | proves less because |");
     put!(page, "|---:|---|---:|---:|---:|---:|---:|---|");
