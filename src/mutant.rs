@@ -68,7 +68,7 @@ mod chosen {
             Mutant::ClaimCutsTransactions,
             "claim_cuts_transactions",
             "a claim takes a part of a transaction",
-            &["F2", "F9", "F13", "F16"],
+            &["F3", "F5", "F6", "F16"],
         ),
         (Mutant::PartEndsEarly, "part_ends_early", "a large transaction ends after its first part", &["F16"]),
         (Mutant::EveryEventEnds, "every_event_ends", "the feed marks every event as the end of its transaction", &[]),

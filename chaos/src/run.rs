@@ -110,13 +110,24 @@ fn cluster_options(options: &RunOptions, abilities: &Abilities) -> ClusterOption
         binary: options.binary.clone(),
         nodes: plan.nodes,
         seed: plan.seed,
-        env: SETTINGS
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .chain(options.mutant.iter().map(|mutant| ("TIDEWIRE_MUTANT".into(), mutant.clone())))
-            .collect(),
+        env: settings(plan.seed, options.mutant.as_deref()),
         small_disks: full,
     }
+}
+
+/// What the nodes run with. Sizes are part of what a seed gives: half of the runs have the defaults, the others small
+/// batches (transactions in parts, windows that end inside one) or a small ring (resumes and slow clients read the log). A
+/// mutant gets both, for its wrong turn may need either.
+fn settings(seed: u64, mutant: Option<&str>) -> Vec<(String, String)> {
+    let (batch, ring) = (("TIDEWIRE_RELAY_BATCH", "64"), ("TIDEWIRE_RING_BYTES", "1048576"));
+    let sizes = match (mutant, seed % 4) {
+        (Some(_), _) => vec![batch, ring],
+        (None, 2) => vec![batch],
+        (None, 3) => vec![ring],
+        (None, _) => Vec::new(),
+    };
+    let named = mutant.map(|mutant| ("TIDEWIRE_MUTANT", mutant));
+    SETTINGS.into_iter().chain(sizes).chain(named).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
 async fn recorded(

@@ -8,6 +8,7 @@
 
 mod auth;
 mod capture;
+mod container;
 mod deliver;
 mod deployment;
 mod doctor;

@@ -223,7 +223,8 @@ impl Account {
 
 /// Runs a program to its end.
 pub(crate) async fn output(command: Command) -> anyhow::Result<String> {
-    let shown = format!("{:?}", command.get_program());
+    // Its name, not its path: what is said here ends up in reports.
+    let shown = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let output = tokio::process::Command::from(command)
         .stdin(Stdio::null())
         .kill_on_drop(true)

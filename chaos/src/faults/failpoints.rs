@@ -8,23 +8,30 @@ use rand::seq::IndexedRandom;
 use tokio::time::Instant;
 
 use super::act::{Act, NODE_READY, Role, until};
+use super::connections;
 use super::processes::EXIT;
+use crate::cluster::Node;
 
 /// A point that kills is passed within this, or nothing passes it now.
 const PASSED: Duration = Duration::from_secs(3);
+/// Rows of a transaction that is relayed in parts.
+const LARGE: u32 = 20_000;
+/// Elections until this follower has won one, and for each.
+const ELECTIONS: u32 = 6;
+const ELECTION: Duration = Duration::from_millis(700);
 /// How long a point that sleeps holds a task up, milliseconds.
 const SLEEP: &str = "sleep(400)";
 
 /// FP: one point of the node's list × kill, sleep or error.
 pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
-    let role = if act.fault.seed.is_multiple_of(3) { Role::Follower } else { Role::Leader };
+    let name = choose(act).await?;
+    let role = if name.starts_with("relay.") { Role::Leader } else { Role::Follower };
     let node = act.claim(role).await?;
-    let names = names(&node.failpoints().await?);
-    let name = names.choose(&mut act.random).context("the server has no fail points")?.clone();
     let action = if act.says("sleep") { SLEEP } else { act.fault.variant.as_str() };
     act.on(&format!("{name} of {}", node.name()));
     let before = std::fs::metadata(node.log_path()).map_or(0, |file| file.len());
     node.failpoint(&name, action).await?;
+    provoke(act, node, &name, before).await?;
     if act.says("kill") {
         let died = until(Instant::now() + PASSED, || async { !node.running() }).await;
         act.took = act.role_held() && died.is_some();
@@ -44,6 +51,43 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
     }
     act.off();
     node.wait_ready(NODE_READY).await
+}
+
+/// One of those that are passed all the time, or that [`provoke`] brings about. Ends of terms, new epochs and new
+/// partitions are passed when other faults make them.
+async fn choose(act: &mut Act<'_>) -> anyhow::Result<String> {
+    let node = act.cluster().nodes().iter().find(|node| node.running()).context("no node runs")?;
+    let names = names(&node.failpoints().await?);
+    let often = |name: &&String| {
+        !matches!(
+            name.as_str(),
+            "election.resigning" | "relay.partition" | "feed.epoch" | "feed.read" | "resume.page" | "log.trim"
+        )
+    };
+    let often: Vec<&String> = names.iter().filter(often).collect();
+    Ok((*often.choose(&mut act.random).context("the server has no fail points")?).clone())
+}
+
+/// Has the node pass the point.
+async fn provoke(act: &Act<'_>, node: &Node, name: &str, before: u64) -> anyhow::Result<()> {
+    if name.starts_with("resume.") {
+        // Its clients come back, to any node: some of them to this one.
+        node.front_link().reset_all();
+    } else if name == "relay.part" {
+        act.scene().workload.big_transaction(LARGE).await?;
+    } else if name.starts_with("election.") {
+        let mut connection = act.cluster().admin().await?;
+        for _ in 0..ELECTIONS {
+            for backend in connections::leader(&mut connection).await? {
+                connections::terminate(&mut connection, backend.pid).await?;
+            }
+            let passed = || async { !node.running() || logged_since(node.log_path(), before).contains(name) };
+            if until(Instant::now() + ELECTION, passed).await.is_some() {
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Lines about fail points after this many bytes of a log.

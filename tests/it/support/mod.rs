@@ -2,6 +2,7 @@
 //! clients of it, and the means to break what is between them.
 pub(crate) mod client;
 pub(crate) mod cluster;
+pub(crate) mod container;
 pub(crate) mod http;
 pub(crate) mod postgres;
 pub(crate) mod proxy;

@@ -1,6 +1,7 @@
 //! One Postgres for the test binary, one migrated database for each test.
 //!
-//! The server is that of `TIDEWIRE_TEST_DATABASE_URL` if given, else a private one of installed or fetched programs.
+//! The server is that of `TIDEWIRE_TEST_DATABASE_URL` if given; one in a container with `TIDEWIRE_TEST_POSTGRES=docker`;
+//! else a private one of installed or fetched programs.
 //! Nothing is skipped: no Postgres, no green test. A static is never dropped; the private server's watchdog stops it
 //! when the test process ends, however that ends.
 
@@ -69,9 +70,20 @@ pub(crate) async fn pool(url: &str) -> PgPool {
 
 /// The server that the tests share. Not bound to any test's runtime.
 struct SharedServer {
-    /// None when a server was given.
-    _private: Option<PrivateServer>,
+    _holder: Holder,
     maintenance: String,
+}
+
+/// What keeps a server alive.
+enum Holder {
+    /// Whoever gave it.
+    Others,
+    Private {
+        _server: PrivateServer,
+    },
+    Container {
+        _server: Box<super::container::Postgres>,
+    },
 }
 
 static SERVER: OnceCell<SharedServer> = OnceCell::const_new();
@@ -79,13 +91,18 @@ static TEMPLATE: OnceCell<String> = OnceCell::const_new();
 static NEXT_DATABASE: AtomicU32 = AtomicU32::new(1);
 
 async fn shared_server() -> &'static SharedServer {
-    let start = async || match std::env::var("TIDEWIRE_TEST_DATABASE_URL") {
-        Ok(maintenance) => SharedServer { _private: None, maintenance },
-        Err(_) => {
-            let server = own_server_with(MAX_CONNECTIONS).await;
-            let maintenance = server.url("postgres");
-            SharedServer { _private: Some(server), maintenance }
+    let start = async || {
+        if let Ok(maintenance) = std::env::var("TIDEWIRE_TEST_DATABASE_URL") {
+            return SharedServer { _holder: Holder::Others, maintenance };
         }
+        if std::env::var("TIDEWIRE_TEST_POSTGRES").is_ok_and(|way| way == "docker") {
+            let server = super::container::Postgres::start(MAX_CONNECTIONS).await;
+            let maintenance = server.url("postgres");
+            return SharedServer { _holder: Holder::Container { _server: Box::new(server) }, maintenance };
+        }
+        let server = own_server_with(MAX_CONNECTIONS).await;
+        let maintenance = server.url("postgres");
+        SharedServer { _holder: Holder::Private { _server: server }, maintenance }
     };
     SERVER.get_or_init(start).await
 }
