@@ -19,6 +19,8 @@ use crate::run::{self, Outcome, RunOptions, Watcher};
 pub const MUTANT_RUNS: u32 = 5;
 /// Runs that may fail for reasons of their own before a campaign gives up.
 const NOT_CARRIED_OUT: usize = 3;
+/// The round is kept in so many bits of a seed.
+const ROUNDS: u64 = 0xff;
 /// Every so many runs of a campaign, one is of the server with fail points, if there is one.
 const FAILPOINTS_EVERY: u64 = 4;
 
@@ -39,14 +41,20 @@ pub struct CampaignOptions {
     pub plan: PlanOptions,
 }
 
-/// A number that depends on all bits of `seed` and `round` (SplitMix64).
+/// The seed of a campaign's run: 24 bits that depend on all bits of both (SplitMix64), and the round in the lowest byte, so
+/// that the seed alone gives the run again ([`round_of`]). Short enough to be typed.
 #[must_use]
 pub fn seed_of(seed: u64, round: u64) -> u64 {
     let mut z = seed.wrapping_add(round.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    // Seeds are typed by hand: 32 bits are enough of them.
-    (z ^ (z >> 31)) >> 32
+    (z ^ (z >> 31)) >> 40 << 8 | round & ROUNDS
+}
+
+/// Where in the deal of the classes the run of this seed stands.
+#[must_use]
+pub const fn round_of(seed: u64) -> u64 {
+    seed & ROUNDS
 }
 
 /// Runs until the time is over. After every run `so_far` gets the report up to then, so that an interrupted campaign
@@ -197,5 +205,6 @@ mod tests {
         assert_eq!(distinct.len(), 100);
         assert_eq!(seeds[3], seed_of(7, 3));
         assert_ne!(seeds[3], seed_of(8, 3));
+        assert_eq!(round_of(seeds[3]), 3);
     }
 }

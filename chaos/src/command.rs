@@ -140,9 +140,12 @@ struct ReplayArgs {
     common: Common,
     /// A seed, or the file of a plan or of a history
     plan: String,
-    /// With a seed: as the run had it
+    /// With a seed: as the run had it (a campaign's have 150s)
     #[arg(long, default_value = "120s", value_parser = plans::duration)]
     duration: Duration,
+    /// With a seed: the run had the server with fail points
+    #[arg(long)]
+    failpoints: bool,
     /// Try ever smaller plans as long as they fail, this many at most
     #[arg(long, value_name = "RUNS", default_value_t = 0)]
     shrink: u32,
@@ -188,7 +191,7 @@ impl Cli {
         let (common, failpoints) = match &self.command {
             Command::Run(args) => (&args.common, args.failpoints || args.mutant.is_some()),
             Command::Campaign(args) => (&args.common, args.failpoints),
-            Command::Replay(args) => (&args.common, plans::needs_failpoints(&args.plan)),
+            Command::Replay(args) => (&args.common, args.failpoints || plans::needs_failpoints(&args.plan)),
             Command::Mutants(args) => (&args.common, true),
             Command::Check { .. } | Command::Preflight | Command::Clean { .. } => return Ok(Servers::default()),
         };
@@ -272,7 +275,7 @@ async fn one(args: RunArgs, servers: &Servers, abilities: &Abilities) -> anyhow:
     let failpoints = args.failpoints || args.mutant.is_some();
     let mut options = args.common.plan_options(args.duration);
     options.failpoints = args.failpoints;
-    options.round = seed;
+    options.round = campaign::round_of(seed);
     let binary = if failpoints { servers.failpoints.clone() } else { None };
     let folder = Folder::of(args.common.folder.as_deref())?;
     let run = RunOptions {
@@ -329,7 +332,8 @@ async fn many(args: CampaignArgs, servers: Servers, abilities: &Abilities) -> an
 }
 
 async fn replay(args: ReplayArgs, servers: &Servers, abilities: &Abilities) -> anyhow::Result<ExitCode> {
-    let mut plan = plans::of(&args.plan, &args.common.plan_options(args.duration))?;
+    let options = PlanOptions { failpoints: args.failpoints, ..args.common.plan_options(args.duration) };
+    let mut plan = plans::of(&args.plan, &options)?;
     let binary = if plan.failpoints { servers.failpoints.clone() } else { None };
     let binary = binary.unwrap_or_else(|| servers.released.clone());
     let folder = Folder::of(args.common.folder.as_deref())?;

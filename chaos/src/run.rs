@@ -120,7 +120,7 @@ fn cluster_options(options: &RunOptions, abilities: &Abilities) -> ClusterOption
 /// mutant gets both, for its wrong turn may need either.
 fn settings(seed: u64, mutant: Option<&str>) -> Vec<(String, String)> {
     let (batch, ring) = (("TIDEWIRE_RELAY_BATCH", "64"), ("TIDEWIRE_RING_BYTES", "1048576"));
-    let sizes = match (mutant, seed % 4) {
+    let sizes = match (mutant, (seed >> 8) % 4) {
         (Some(_), _) => vec![batch, ring],
         (None, 2) => vec![batch],
         (None, 3) => vec![ring],

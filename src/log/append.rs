@@ -276,6 +276,16 @@ fn claim_text() -> &'static str {
     }
 }
 
+/// The part's text as this process sends it: [`PART`], but for a mutant.
+fn part_text() -> &'static str {
+    static BROKEN: OnceLock<String> = OnceLock::new();
+    if mutant::is(Mutant::PartEndsEarly) {
+        BROKEN.get_or_init(|| PART.replace("(SELECT count(*) FROM p) AS tx_end", "(SELECT count(*) FROM d) AS tx_end"))
+    } else {
+        PART
+    }
+}
+
 /// Claims the next batch after `newest`, the highest seq in the log, and moves `position`.
 ///
 /// # Errors
@@ -355,7 +365,7 @@ pub async fn claim_part(
     bounds: Bounds,
     intern: &mut Interner,
 ) -> Result<Claim, ClaimError> {
-    let rows = sqlx::query(PART)
+    let rows = sqlx::query(part_text())
         .bind(newest.cast_signed())
         .bind(bounds.event_bytes)
         .bind(bounds.batch)
@@ -368,7 +378,7 @@ pub async fn claim_part(
         torn: meta.torn,
         poison: meta.poison,
         lag_ms: meta.lag_ms.unwrap_or_default(),
-        more: meta.rows > bounds.batch && !mutant::is(Mutant::PartEndsEarly),
+        more: meta.rows > bounds.batch,
         ..Claim::default()
     })
 }

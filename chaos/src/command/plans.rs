@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use chaos::campaign::round_of;
 use chaos::history::{Line, Reader, Record};
 use chaos::plan::{Plan, PlanOptions};
 
@@ -28,7 +29,7 @@ pub(super) fn fresh_seed() -> u64 {
 /// Of a seed, of a plan's file, or of the history of a run.
 pub(super) fn of(given: &str, options: &PlanOptions) -> anyhow::Result<Plan> {
     if let Ok(seed) = given.parse() {
-        return Ok(Plan::from_seed(seed, &PlanOptions { round: seed, ..options.clone() }));
+        return Ok(Plan::from_seed(seed, &PlanOptions { round: round_of(seed), ..options.clone() }));
     }
     let path = Path::new(given);
     if !path.exists() {
