@@ -68,15 +68,50 @@ pub struct FollowerHandle {
 #[derive(Debug, Default)]
 struct State {
     listening: AtomicBool,
-    current: AtomicBool,
+    belief: parking_lot::Mutex<Belief>,
     last_contact: parking_lot::Mutex<Option<Instant>>,
-    last_turn: parking_lot::Mutex<Option<Instant>>,
+}
+
+/// What the node believes of its own place, and when it last had reason to.
+#[derive(Debug, Default)]
+struct Belief {
+    current: bool,
+    turned: Option<Instant>,
+    /// Rises with every reason to doubt: what was read before it is of the past.
+    doubts: u64,
+}
+
+impl Belief {
+    /// Takes note that the loop turns, at `now`; true when it had stood still. Then nothing is believed any more, whatever
+    /// was under way.
+    fn turn(&mut self, now: Instant) -> bool {
+        let stood = self.turned.replace(now).is_some_and(|at| now.saturating_duration_since(at) > PAUSE);
+        if stood {
+            self.doubt();
+        }
+        stood
+    }
+
+    fn doubt(&mut self) {
+        self.current = false;
+        self.doubts += 1;
+    }
+
+    /// The log's end was met by a reading that began when there had been `doubts`; false when there is a new one.
+    fn met_the_end(&mut self, doubts: u64) -> bool {
+        self.current = self.doubts == doubts;
+        self.current
+    }
+
+    /// The loop turns several times a second; when it has not, the process stood still and knows nothing.
+    fn is_current(&self, now: Instant) -> bool {
+        self.current && self.turned.is_some_and(|at| now.saturating_duration_since(at) < PAUSE)
+    }
 }
 
 impl State {
-    /// Takes note that the loop turns; gives the time since the last turn.
-    fn turn(&self) -> Duration {
-        self.last_turn.lock().replace(Instant::now()).map_or(Duration::ZERO, |at| at.elapsed())
+    fn turn(&self) -> bool {
+        self.belief.lock().turn(Instant::now())
     }
 }
 
@@ -95,8 +130,7 @@ impl FollowerHandle {
     /// Whether the ring has met the log's end since the last doubt.
     #[must_use]
     pub fn current(&self) -> bool {
-        // The loop turns several times a second; when it has not, the process stood still and knows nothing.
-        self.state.current.load(Ordering::Acquire) && self.state.last_turn.lock().is_some_and(|at| at.elapsed() < PAUSE)
+        self.state.belief.lock().is_current(Instant::now())
     }
 
     /// Since when Postgres has not answered the follower; zero while it does.
@@ -193,11 +227,9 @@ impl Follower {
     async fn follow(&mut self, notifications: &mut mpsc::Receiver<Heard>, suspect: &tokio::sync::Notify) {
         let mut next_reconcile = Instant::now();
         loop {
-            let pause = self.state.turn();
-            if pause > PAUSE {
+            if self.state.turn() {
                 // Stopped, or starved: what we believe is of the past.
-                tracing::warn!(?pause, "this process stood still: reading the log before anything is answered");
-                self.doubt();
+                tracing::warn!("this process stood still: reading the log before anything is answered");
                 next_reconcile = Instant::now();
             }
             let wake = tokio::select! {
@@ -250,7 +282,7 @@ impl Follower {
     }
 
     fn doubt(&self) {
-        self.state.current.store(false, Ordering::Release);
+        self.state.belief.lock().doubt();
     }
 
     /// Some: the log is to be read.
@@ -293,7 +325,7 @@ impl Follower {
         self.metrics.log_newest_seq.set(gauge(header.last));
         let newest = self.hub.high_water();
         let known_epoch = header.epoch == self.hub.epochs().newest();
-        if !known_epoch || !self.state.current.load(Ordering::Acquire) || self.hub.edge().held {
+        if !known_epoch || !self.state.belief.lock().current || self.hub.edge().held {
             return Some("doubt");
         }
         let outcome = match header.kind {
@@ -362,13 +394,14 @@ impl Follower {
     /// Reads the log up to its end; gives the wait until the next time.
     async fn reconcile(&mut self, cause: &'static str) -> Duration {
         self.metrics.reconciles_total.with_label_values(&[cause]).inc();
+        let doubts = self.state.belief.lock().doubts;
         match self.catch_up().await {
             Ok(true) => {
                 self.retry.reset();
                 *self.state.last_contact.lock() = Some(Instant::now());
-                self.state.current.store(true, Ordering::Release);
                 self.hub.tick(Instant::now());
-                RECONCILE_INTERVAL
+                // The process may have stood still while it read: then the end that it met is of the past.
+                if self.state.belief.lock().met_the_end(doubts) { RECONCILE_INTERVAL } else { Duration::ZERO }
             }
             Ok(false) => {
                 *self.state.last_contact.lock() = Some(Instant::now());
@@ -479,5 +512,40 @@ impl Follower {
             self.take(&events, "log").await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(start: Instant, seconds: u64) -> Instant {
+        start + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_process_that_stood_still_between_two_turns_believes_nothing() {
+        let start = Instant::now();
+        let mut belief = Belief::default();
+        assert!(!belief.turn(start));
+        assert!(belief.met_the_end(belief.doubts));
+        assert!(belief.is_current(at(start, 1)));
+        assert!(!belief.is_current(at(start, 10)), "before it has turned again");
+        assert!(belief.turn(at(start, 10)));
+        assert!(!belief.is_current(at(start, 10)));
+    }
+
+    /// Found by the chaos campaign: the statement's own turn hid the pause from the loop.
+    #[test]
+    fn a_process_that_stood_still_while_it_read_the_log_reads_it_again() {
+        let start = Instant::now();
+        let mut belief = Belief::default();
+        belief.turn(start);
+        let doubts = belief.doubts;
+        // SIGSTOP while the statement is on its way; its answer comes after SIGCONT.
+        belief.turn(at(start, 10));
+        assert!(!belief.met_the_end(doubts));
+        assert!(!belief.is_current(at(start, 10)));
+        assert!(belief.met_the_end(belief.doubts), "the next reading counts");
     }
 }

@@ -220,7 +220,7 @@ impl Cli {
             return Ok(ExitCode::SUCCESS);
         }
         preflight::raise_files()?;
-        let abilities = preflight::probe();
+        let abilities = preflight::probe(place);
         if place == Place::Outside {
             eprintln!("not in a sandbox: what needs root or namespaces of its own is SKIPPED");
         }

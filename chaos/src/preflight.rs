@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use crate::cluster::packet_filter::PacketFilter;
 use crate::cluster::{Listed, PROCESSES, find_binaries, started};
+use crate::sandbox::Place;
 
 /// Every class of faults, with what it is.
 pub const CLASSES: [(&str, &str); 28] = [
@@ -59,9 +60,9 @@ pub struct Abilities {
     faketime: Option<PathBuf>,
 }
 
-/// Tries everything.
+/// Tries everything. Outside a sandbox nobody's network is filtered and nothing is mounted, root or not.
 #[must_use]
-pub fn probe() -> Abilities {
+pub fn probe(place: Place) -> Abilities {
     let mut abilities = Abilities { faketime: faketime(), ..Abilities::default() };
     let mut need = |tool, result: Result<(), String>| {
         if let Err(why) = result {
@@ -70,8 +71,14 @@ pub fn probe() -> Abilities {
     };
     need("postgres", find_binaries().map(drop).map_err(|error| format!("{error:#}")));
     need("haproxy", runs("haproxy", &["-v"]).map_err(|why| format!("{why}: install the package haproxy")));
-    need("nft", PacketFilter::new().map(drop).map_err(|error| format!("{error:#}: run as root, with nftables")));
-    need("tmpfs", tmpfs().map_err(|error| format!("no tmpfs can be mounted ({error:#}): run as root")));
+    if place == Place::Inside {
+        need("nft", PacketFilter::new().map(drop).map_err(|error| format!("{error:#}: install nftables")));
+        need("tmpfs", tmpfs().map_err(|error| format!("no tmpfs can be mounted ({error:#})")));
+    } else {
+        for tool in ["nft", "tmpfs"] {
+            need(tool, Err("only in a sandbox of its own: run as root, without --no-sandbox".into()));
+        }
+    }
     need("prlimit", runs("prlimit", &["--version"]).map_err(|why| format!("{why}: install util-linux")));
     if abilities.faketime.is_none() {
         abilities.missing.insert("faketime", "libfaketime was not found: install the package faketime".into());

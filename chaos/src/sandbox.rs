@@ -13,6 +13,20 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, Uid};
 
+/// Whoever ends our first process ends everything: it is the parent whose death `setpriv` has the kernel announce.
+const UNSHARE: [&str; 11] = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--net",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "--",
+];
 /// Tells the process which of the three it is.
 const STAGE: &str = "TIDEWIRE_CHAOS_SANDBOX";
 
@@ -42,8 +56,14 @@ pub fn enter(wanted: bool, environment: &[(&'static str, PathBuf)]) -> anyhow::R
 
 fn outer(environment: &[(&'static str, PathBuf)]) -> anyhow::Result<Place> {
     let own = std::env::current_exe()?;
-    let status = Command::new("unshare")
-        .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"])
+    // Asked first: a container may not make namespaces, and its refusal must not look like the program's own end.
+    let allowed = Command::new(UNSHARE[0]).args(&UNSHARE[1..]).arg("true").output();
+    if !allowed.is_ok_and(|output| output.status.success()) {
+        eprintln!("no sandbox: namespaces cannot be made here (package util-linux, and root's rights)");
+        return Ok(Place::Outside);
+    }
+    let status = Command::new(UNSHARE[0])
+        .args(&UNSHARE[1..])
         .arg(own)
         .args(std::env::args_os().skip(1))
         .env(STAGE, "reaper")

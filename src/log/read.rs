@@ -7,7 +7,6 @@ use uuid::Uuid;
 use super::row::{Interner, event, event_columns};
 use crate::cursor::Seq;
 use crate::event::Event;
-use crate::mutant::{self, Mutant};
 
 /// Where the log begins and ends. `oldest` and `newest` are 0 and 0 when it never held anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,7 +45,6 @@ pub async fn events(pool: &PgPool, after: Seq, through: Seq, limit: usize) -> Re
     .fetch_all(pool)
     .await?;
     let mut intern = Interner::default();
-    let rows = if mutant::is(Mutant::PageDropsLast) && rows.len() > 2 { &rows[..rows.len() - 1] } else { &rows[..] };
     rows.iter().map(|row| event(row, &mut intern)).collect()
 }
 

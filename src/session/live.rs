@@ -543,7 +543,10 @@ impl Session {
         // A page of the log as it was before a new epoch may hold a tail that is lost.
         let Some(page) = page.ok().filter(|_| generation == place.generation) else { return };
         let have = place.carry.last().map_or(place.passed, |event| event.seq);
-        let fresh: Vec<Event> = page.iter().filter(|event| event.seq > have).cloned().collect();
+        let mut fresh: Vec<Event> = page.iter().filter(|event| event.seq > have).cloned().collect();
+        if mutant::is(Mutant::PageLosesOne) && fresh.len() > 2 {
+            fresh.remove(fresh.len() / 2);
+        }
         match fresh.first() {
             Some(first) if first.seq == have + 1 => place.carry.extend(fresh),
             Some(_) => {

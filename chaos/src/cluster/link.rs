@@ -234,10 +234,13 @@ async fn carry(client: TcpStream, inner: Arc<Inner>) {
     let stream = Arc::new(Stream { orders: watch::Sender::new(Orders::default()), lost: AtomicBool::new(false) });
     inner.streams.lock().insert(id, Arc::clone(&stream));
     let registered = Registered(&inner, id);
-    if matches!(cut, Some((Cut::Blackhole, _))) {
-        stream.lost.store(true, Ordering::Release);
+    // Looked at again now that a heal or a cut can see the stream.
+    let cut = inner.state.borrow().cut.inspect(|_| stream.lost.store(true, Ordering::Release));
+    if cut.is_some() {
         let mut orders = stream.orders.subscribe();
-        let _ = orders.wait_for(|orders| orders.reset).await;
+        if matches!(cut, Some((Cut::Blackhole, _))) {
+            let _ = orders.wait_for(|orders| orders.reset).await;
+        }
         let _ = client.set_zero_linger();
         return;
     }

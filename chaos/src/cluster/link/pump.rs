@@ -47,8 +47,7 @@ pub(super) async fn pump(
             () = until(due), if due.is_some() && !stalled => {
                 if let Some((_, bytes)) = waiting.pop_front() {
                     held -= bytes.len();
-                    if swallows(&link, way) {
-                        stream.lost.store(true, Ordering::Release);
+                    if vanish(inner, stream, way) {
                         continue;
                     }
                     counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -57,11 +56,25 @@ pub(super) async fn pump(
             }
             readable = from.readable(), if !ended && !stalled && held < WINDOW => {
                 readable?;
-                let Some(bytes) = read(from)? else { continue };
-                if bytes.is_empty() {
+                let bytes = match read(from) {
+                    Ok(Some(bytes)) => bytes,
+                    Ok(None) => continue,
+                    // A reset vanishes, too.
+                    Err(error) => {
+                        if vanish(inner, stream, way) {
+                            let _ = orders.wait_for(|orders| orders.reset).await;
+                        }
+                        return Err(error);
+                    }
+                };
+                if vanish(inner, stream, way) {
+                    // Its end vanishes like its bytes: the other side hears nothing of it before the heal.
+                    if bytes.is_empty() {
+                        let _ = orders.wait_for(|orders| orders.reset).await;
+                        return Err(io::ErrorKind::ConnectionReset.into());
+                    }
+                } else if bytes.is_empty() {
                     ended = true;
-                } else if swallows(&link, way) {
-                    stream.lost.store(true, Ordering::Release);
                 } else if waiting.is_empty() && link.shape == super::Shape::default() {
                     counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     write(to, &bytes, &mut orders).await?;
@@ -81,8 +94,15 @@ pub(super) async fn pump(
     }
 }
 
-fn swallows(link: &super::State, way: Direction) -> bool {
-    link.cut.is_some_and(|(cut, direction)| cut == Cut::Blackhole && direction.covers(way))
+/// Whether what is to be carried vanishes. The stream is marked under the link's own lock, where a heal looks for the
+/// mark: none can come between the look and the mark and leave a stream with a hole.
+fn vanish(inner: &Inner, stream: &Stream, way: Direction) -> bool {
+    let state = inner.state.borrow();
+    let vanishes = state.cut.is_some_and(|(cut, direction)| cut == Cut::Blackhole && direction.covers(way));
+    if vanishes {
+        stream.lost.store(true, Ordering::Release);
+    }
+    vanishes
 }
 
 async fn until(due: Option<Instant>) {
