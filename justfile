@@ -21,10 +21,6 @@ chaos *args:
 nightly hours="8":
     chaos/nightly.sh {{hours}}
 
-# Lines of src/ that the tests run, with the files that have the most left (needs cargo-llvm-cov)
-coverage:
-    tests/coverage.sh
-
 # Postgres, three nodes, a demo
 dev *args:
     cargo run --release -- dev {{args}}

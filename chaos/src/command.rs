@@ -238,9 +238,16 @@ impl Cli {
     }
 }
 
-/// 1 for a broken promise, and for nothing else.
+/// 1 for a broken promise, and for nothing else; 2 for a history that holds nothing to judge.
 fn verdict(summary: &RunSummary) -> ExitCode {
-    if summary.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
+    match summary {
+        _ if !summary.violations.is_empty() => ExitCode::from(1),
+        _ if summary.counts.log_rows == 0 || summary.counts.conditions == 0 => {
+            eprintln!("the history holds no log or no conditions: it proves nothing");
+            ExitCode::from(2)
+        }
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 /// The user's folder, or a temporary one that goes if all is well.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -133,7 +134,7 @@ fn if_there(program: &str, command: &mut Command) {
             let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
         }
-        Err(error) => println!("not checked: {program} cannot be run here ({error})"),
+        Err(error) => drop(writeln!(std::io::stderr(), "not checked: {program} cannot be run here ({error})")),
     }
 }
 

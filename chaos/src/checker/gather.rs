@@ -55,6 +55,8 @@ pub(super) struct Seen {
 pub(super) struct Step {
     pub(super) at: Micros,
     pub(super) kind: Kind,
+    /// The last event handed over so far.
+    pub(super) last: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,6 +274,7 @@ impl Subscription {
             }
             _ => return,
         };
-        self.steps.push(Step { at, kind });
+        let last = self.events.last().map_or(0, |event| event.seq);
+        self.steps.push(Step { at, kind, last });
     }
 }

@@ -173,7 +173,9 @@ fn settled(
 
 /// From the cut of the replication to the new primary: what was committed then may be lost with the old one.
 fn lossy_windows(gathered: &Gathered) -> Vec<(Micros, Micros)> {
-    let lossy = gathered.on.iter().filter(|(_, (_, on))| on.class == "F11");
+    // A failover that never came about excuses nothing.
+    let took = |f: &u32| gathered.done.get(f).is_none_or(|(_, done)| done.took) && gathered.epochs.len() > 1;
+    let lossy = gathered.on.iter().filter(|(f, (_, on))| on.class == "F11" && took(f));
     lossy.map(|(f, (t, _))| (*t, gathered.off.get(f).copied().unwrap_or(gathered.end))).collect()
 }
 

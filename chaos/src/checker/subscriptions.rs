@@ -8,6 +8,9 @@ use super::gather::{Gathered, Kind, Subscription};
 use super::{Counts, Findings};
 use crate::history::{LogRow, Micros};
 
+/// Who ends this long before the history does ended with the run, after the drain.
+const ENDED_IN_TIME: Micros = 5_000_000;
+
 pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
     counts.conditions = gathered.matches.len() as u64;
     let mut lost: HashMap<u64, Vec<&LogRow>> = HashMap::new();
@@ -100,6 +103,12 @@ impl<'a> Rules<'a> {
                 let text = format!("the position of {} went back from {held} to {cursor}", self.name());
                 findings.violation("bookmark", step.at, text);
             }
+            if let Kind::Batch(_, cursor) = step.kind
+                && step.last > cursor.seq
+            {
+                let text = format!("{} was told {cursor} after seq {}", self.name(), step.last);
+                findings.violation("bookmark", step.at, text);
+            }
             if cursor.epoch > held.epoch && self.gathered.diverged(held) {
                 let text = format!(
                     "{} was at {held}, in a tail that was lost, and went on to {cursor} without being told",
@@ -108,6 +117,14 @@ impl<'a> Rules<'a> {
                 findings.violation("honest", step.at, text);
             }
             held = cursor;
+        }
+        // The drain waited for everybody: who still stands in a lost tail then was never told.
+        if let Some((at, position)) = self.subscription.stopped
+            && self.gathered.diverged(position)
+            && at + ENDED_IN_TIME > self.gathered.end
+        {
+            let text = format!("{} ended at {position}, in a tail that was lost, and was never told", self.name());
+            findings.violation("honest", at, text);
         }
     }
 

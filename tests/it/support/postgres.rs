@@ -79,7 +79,7 @@ enum Holder {
     /// Whoever gave it.
     Others,
     Private {
-        _server: PrivateServer,
+        _server: Box<PrivateServer>,
     },
     Container {
         _server: Box<super::container::Postgres>,
@@ -102,7 +102,7 @@ async fn shared_server() -> &'static SharedServer {
         }
         let server = own_server_with(MAX_CONNECTIONS).await;
         let maintenance = server.url("postgres");
-        SharedServer { _holder: Holder::Private { _server: server }, maintenance }
+        SharedServer { _holder: Holder::Private { _server: Box::new(server) }, maintenance }
     };
     SERVER.get_or_init(start).await
 }

@@ -231,6 +231,49 @@ fn a_client_in_a_lost_tail_that_goes_on_in_silence() {
 }
 
 #[test]
+fn a_client_that_ends_in_a_lost_tail_and_was_never_told() {
+    let mut history = History::new();
+    history.transaction(1, &[insert(1, "a")]);
+    history.rolled_back(9, &[insert(9, "never")]);
+    history.subscribe(1, None, at(1, 0));
+    history.deliver(1, &[1]);
+    history.lossy(1);
+    history.written(2, &[insert(2, "lost")]);
+    history.say(Record::Ok { w: 0, n: 2 });
+    history.log.push(row(1, 2, 2, true, &insert(2, "lost")));
+    history.deliver_of(1, 1, 1, &[2], false);
+    history.healed();
+    history.stop(1, at(1, 2));
+    history.matched(&[(1, 1)]);
+    history.breaks("honest");
+}
+
+#[test]
+fn a_failover_that_never_came_about_excuses_no_loss() {
+    let mut history = History::small();
+    history.lossy(4);
+    history.epochs.pop();
+    history.terms.pop();
+    history.written(5, &[insert(3, "d")]);
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.healed();
+    history.breaks("lost");
+}
+
+#[test]
+fn a_position_before_the_event_that_it_comes_with() {
+    let mut history = History::small();
+    for record in &mut history.lines {
+        if let Record::Deliver { e, cursor, .. } = record
+            && e[0].0 == 2
+        {
+            cursor.seq = 2;
+        }
+    }
+    history.breaks("bookmark");
+}
+
+#[test]
 fn a_resync_without_need() {
     for reason in ["history_diverged", "cursor_expired"] {
         let mut history = History::small();
