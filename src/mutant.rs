@@ -108,7 +108,10 @@ mod chosen {
     ///
     /// # Errors
     /// There is none of that name.
-    #[expect(clippy::disallowed_methods, reason = "no setting: it must not show in the configuration of any real build")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "no setting: it must not show in the configuration of any real build"
+    )]
     pub fn choose() -> Result<(), String> {
         let Ok(name) = std::env::var("TIDEWIRE_MUTANT") else { return Ok(()) };
         let found = ALL.iter().find(|(_, known, ..)| *known == name);
