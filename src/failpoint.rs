@@ -3,17 +3,6 @@
 //! Compiled in only by the feature `chaos`, which no release has: then `PUT /chaos/failpoints/<name>` with an action as
 //! its body arms one, and `GET /chaos/failpoints` lists them. Without the feature [`hit`] is an empty function.
 
-/// What an armed fail point does. `once:` before it disarms it after the first time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// The process ends at once, as by SIGKILL.
-    Kill,
-    /// The step waits so many milliseconds.
-    Sleep(u64),
-    /// The step fails.
-    Error,
-}
-
 /// A fail point said so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the fail point {0} said so")]
@@ -37,7 +26,7 @@ pub async fn hit(_name: &'static str) -> Result<(), Injected> {
 }
 
 #[cfg(feature = "chaos")]
-pub use armed::{NAMES, NotArmed, arm, hit, states};
+pub use armed::{Action, NAMES, NotArmed, arm, hit, states};
 
 #[cfg(feature = "chaos")]
 mod armed {
@@ -46,7 +35,18 @@ mod armed {
 
     use parking_lot::Mutex;
 
-    use super::{Action, Injected};
+    use super::Injected;
+
+    /// What an armed fail point does. `once:` before it disarms it after the first time.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Action {
+        /// The process ends at once, as by SIGKILL.
+        Kill,
+        /// The step waits so many milliseconds.
+        Sleep(u64),
+        /// The step fails.
+        Error,
+    }
 
     /// Every fail point: the room, then the step.
     pub const NAMES: [&str; 16] = [

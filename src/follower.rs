@@ -7,6 +7,8 @@
 //! When a connection finds another incarnation of the database, delivery is *held* until the newest epoch names that
 //! incarnation and a term of that epoch has begun (its commit vouches for what stands before it).
 
+mod belief;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::belief::Belief;
 use crate::backoff::Backoff;
 use crate::cursor::Seq;
 use crate::event::{Event, Operation};
@@ -45,9 +48,7 @@ const RETRY_CAP: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(3);
 /// The loop turns at least this often.
 const TURN: Duration = Duration::from_millis(500);
-/// A longer pause between two turns means that the process was stopped.
-const PAUSE: Duration = Duration::from_secs(3);
-/// Longest wait for one statement: shorter than [`PAUSE`], so that a dead connection is not taken for one.
+/// Longest wait for one statement: shorter than [`PAUSE`](belief::PAUSE), so that a dead connection is not taken for one.
 const STATEMENT_TIMEOUT: Duration = Duration::from_millis(2_500);
 /// Events that a starting node takes from the log into its ring.
 const WARM_EVENTS: u64 = 10_000;
@@ -70,43 +71,6 @@ struct State {
     listening: AtomicBool,
     belief: parking_lot::Mutex<Belief>,
     last_contact: parking_lot::Mutex<Option<Instant>>,
-}
-
-/// What the node believes of its own place, and when it last had reason to.
-#[derive(Debug, Default)]
-struct Belief {
-    current: bool,
-    turned: Option<Instant>,
-    /// Rises with every reason to doubt: what was read before it is of the past.
-    doubts: u64,
-}
-
-impl Belief {
-    /// Takes note that the loop turns, at `now`; true when it had stood still. Then nothing is believed any more, whatever
-    /// was under way.
-    fn turn(&mut self, now: Instant) -> bool {
-        let stood = self.turned.replace(now).is_some_and(|at| now.saturating_duration_since(at) > PAUSE);
-        if stood {
-            self.doubt();
-        }
-        stood
-    }
-
-    fn doubt(&mut self) {
-        self.current = false;
-        self.doubts += 1;
-    }
-
-    /// The log's end was met by a reading that began when there had been `doubts`; false when there is a new one.
-    fn met_the_end(&mut self, doubts: u64) -> bool {
-        self.current = self.doubts == doubts;
-        self.current
-    }
-
-    /// The loop turns several times a second; when it has not, the process stood still and knows nothing.
-    fn is_current(&self, now: Instant) -> bool {
-        self.current && self.turned.is_some_and(|at| now.saturating_duration_since(at) < PAUSE)
-    }
 }
 
 impl State {
@@ -325,7 +289,7 @@ impl Follower {
         self.metrics.log_newest_seq.set(gauge(header.last));
         let newest = self.hub.high_water();
         let known_epoch = header.epoch == self.hub.epochs().newest();
-        if !known_epoch || !self.state.belief.lock().current || self.hub.edge().held {
+        if !known_epoch || !self.state.belief.lock().met() || self.hub.edge().held {
             return Some("doubt");
         }
         let outcome = match header.kind {
@@ -394,7 +358,7 @@ impl Follower {
     /// Reads the log up to its end; gives the wait until the next time.
     async fn reconcile(&mut self, cause: &'static str) -> Duration {
         self.metrics.reconciles_total.with_label_values(&[cause]).inc();
-        let doubts = self.state.belief.lock().doubts;
+        let doubts = self.state.belief.lock().doubts();
         match self.catch_up().await {
             Ok(true) => {
                 self.retry.reset();
@@ -512,40 +476,5 @@ impl Follower {
             self.take(&events, "log").await?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn at(start: Instant, seconds: u64) -> Instant {
-        start + Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn a_process_that_stood_still_between_two_turns_believes_nothing() {
-        let start = Instant::now();
-        let mut belief = Belief::default();
-        assert!(!belief.turn(start));
-        assert!(belief.met_the_end(belief.doubts));
-        assert!(belief.is_current(at(start, 1)));
-        assert!(!belief.is_current(at(start, 10)), "before it has turned again");
-        assert!(belief.turn(at(start, 10)));
-        assert!(!belief.is_current(at(start, 10)));
-    }
-
-    /// Found by the chaos campaign: the statement's own turn hid the pause from the loop.
-    #[test]
-    fn a_process_that_stood_still_while_it_read_the_log_reads_it_again() {
-        let start = Instant::now();
-        let mut belief = Belief::default();
-        belief.turn(start);
-        let doubts = belief.doubts;
-        // SIGSTOP while the statement is on its way; its answer comes after SIGCONT.
-        belief.turn(at(start, 10));
-        assert!(!belief.met_the_end(doubts));
-        assert!(!belief.is_current(at(start, 10)));
-        assert!(belief.met_the_end(belief.doubts), "the next reading counts");
     }
 }

@@ -101,10 +101,6 @@ mod chosen {
     }
 
     /// Takes the mutant that `TIDEWIRE_MUTANT` names.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "no setting: it must not show in the configuration of any real build"
-    )]
     ///
     /// # Errors
     /// There is none of that name.

@@ -389,8 +389,21 @@ async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source
     if cursor.seq > edge.deliverable.seq {
         edge = after_reconcile(context, edge, cursor.seq).await?;
     }
+    if !mutant::is(Mutant::DivergedNotTold) {
+        admit(context, cursor, edge).await?;
+    }
+    let memory = cursor.seq >= context.hub.ring_base();
+    let source = match memory {
+        _ if cursor.seq >= edge.deliverable.seq => Source::Live,
+        true => Source::Memory,
+        false => Source::History,
+    };
+    Ok((source, edge.generation))
+}
+
+/// Whether the position is one of this log, as far as this node can tell; else the resync that says why not.
+async fn admit(context: &Context, cursor: Cursor, edge: Edge) -> Result<(), NotStarted> {
     match context.hub.epochs().admit(&cursor) {
-        Ok(()) | Err(EpochFault::Diverged) if mutant::is(Mutant::DivergedNotTold) => {}
         Ok(()) => {}
         Err(EpochFault::Unknown) => {
             let what = "the cursor is of an epoch that this log never had: it belongs to another cluster";
@@ -401,27 +414,17 @@ async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source
             return Err(gone(context, ResyncReason::HistoryDiverged, what));
         }
     }
-    if cursor.seq > edge.deliverable.seq
-        && cursor.seq > context.hub.high_water()
-        && !mutant::is(Mutant::DivergedNotTold)
-    {
+    if cursor.seq > edge.deliverable.seq && cursor.seq > context.hub.high_water() {
         let what = "the cursor is beyond the end of the log: it belongs to another cluster";
         return Err(gone(context, ResyncReason::CursorInvalid, what));
     }
-    let memory = cursor.seq >= context.hub.ring_base();
     match id_at(context, cursor.seq, edge).await? {
-        Some(id) if !cursor.matches(id) && !mutant::is(Mutant::DivergedNotTold) => {
+        Some(id) if !cursor.matches(id) => {
             let what = "another event stands at this position: the cursor is forged or the log has diverged";
-            return Err(gone(context, ResyncReason::HistoryDiverged, what));
+            Err(gone(context, ResyncReason::HistoryDiverged, what))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    let source = match memory {
-        _ if cursor.seq >= edge.deliverable.seq => Source::Live,
-        true => Source::Memory,
-        false => Source::History,
-    };
-    Ok((source, edge.generation))
 }
 
 /// The id of the event at `seq`; None where it was dropped but the next one is there. One page answers for all who ask

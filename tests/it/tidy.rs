@@ -26,6 +26,7 @@ const GROUND: &[&str] = &[
     "src/feed.rs",
     "src/feed/",
     "src/filter/",
+    "src/follower/belief.rs",
     "src/hub/group.rs",
     "src/hub/plan.rs",
     "src/hub/shape.rs",
