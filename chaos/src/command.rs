@@ -76,7 +76,7 @@ struct Common {
     #[arg(long, default_value_t = 16)]
     writers: u32,
     /// Transactions a second
-    #[arg(long, default_value_t = 520)]
+    #[arg(long, default_value_t = 600)]
     tps: u32,
     /// Rows that are written to
     #[arg(long, default_value_t = 1_200)]

@@ -140,7 +140,7 @@ async fn recorded(
     let plan = &options.plan;
     let primary = cluster.primary();
     let url = primary.borrow().clone();
-    workload::prepare(&url, &plan.workload).await.context("the tables of the workload cannot be made")?;
+    workload::prepare(&url).await.context("the tables of the workload cannot be made")?;
     let recorder = Recorder::create(history)?;
     recorder.record(Record::Run(Run {
         version: VERSION,

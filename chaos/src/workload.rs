@@ -29,6 +29,8 @@ use crate::history::{Recorder, Want};
 const SETTLE: Duration = Duration::from_secs(20);
 /// For clients to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(10);
+/// One question to the primary.
+const QUESTION: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// How much is written and listened to.
@@ -194,7 +196,7 @@ impl Workload {
         let mut drained = Drained::default();
         loop {
             let url = self.shared.primary.borrow().clone();
-            if let Ok((outbox, head)) = truth::head(&url).await {
+            if let Ok(Ok((outbox, head))) = timeout(QUESTION, truth::head(&url)).await {
                 drained.outbox = outbox;
                 drained.behind = self.behind(head);
                 if outbox == 0 && drained.behind.is_empty() {

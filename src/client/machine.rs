@@ -21,7 +21,7 @@ use crate::protocol::error::{ErrorCode, Retry, WireError};
 use crate::protocol::message::{ClientMessage, From as WireFrom, ServerMessage, Source, Subscribe, Welcome};
 
 /// The longest wait between attempts, by protocol.
-const MAX_BACKOFF: Duration = Duration::from_secs(30);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// The first attempt's longest wait, by protocol; it doubles with each.
 const BASE_BACKOFF: Duration = Duration::from_millis(500);
 /// A server cannot make a client wait longer than this by `Retry-After` or `retry_after_ms`.
@@ -489,7 +489,7 @@ impl Machine {
     }
 }
 
-/// By protocol: 0..min(30 s, 0.5·2ⁿ s).
+/// By protocol: 0..min(10 s, 0.5·2ⁿ s).
 const fn new_backoff() -> Backoff {
     Backoff::new(BASE_BACKOFF, MAX_BACKOFF)
 }

@@ -9,9 +9,9 @@ use crate::client::error::ClientError;
 use crate::cursor::Cursor;
 use crate::protocol::message::{From as WireFrom, Subscribe};
 
-/// Consecutive attempts without progress before a client gives up, unless told otherwise. With full jitter up to 30 s
+/// Consecutive attempts without progress before a client gives up, unless told otherwise. With full jitter up to 10 s
 /// they take about a minute and a half.
-pub const DEFAULT_ATTEMPTS: u32 = 12;
+pub const DEFAULT_ATTEMPTS: u32 = 20;
 
 /// Bytes that a connection reads at once, unless told otherwise.
 pub const DEFAULT_READ_BUFFER_BYTES: usize = 16 * 1024;

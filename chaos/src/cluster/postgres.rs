@@ -3,6 +3,7 @@
 //! The port of a slot never changes. Replication goes through a link of its own, whichever way it runs.
 
 mod disks;
+mod server;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -11,25 +12,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use nix::sys::signal::Signal;
+use anyhow::Context;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+pub use self::server::{Server, Stop};
 use super::link::{Cut, Direction, Link};
 use super::process::{Account, Process, Table, output};
 
-/// From the start of a server to its first answer, a crash's recovery included.
-const START: Duration = Duration::from_secs(60);
-/// From the order to its exit.
-const STOP: Duration = Duration::from_secs(30);
 /// From `pg_promote` to a primary.
 const PROMOTE: Duration = Duration::from_secs(30);
 /// From the start of a standby to streaming.
 const STREAM: Duration = Duration::from_secs(30);
 /// For one connection.
 const CONNECT: Duration = Duration::from_secs(3);
+/// Postgres ends a statement of the harness after this; longer than any step that is done in one.
+const STATEMENT: &str = "60s";
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 /// The database of the workload and of Tidewire.
@@ -61,126 +60,11 @@ restart_after_crash = on
 jit = off
 ";
 
-/// How a server is stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// As if the power had failed, but for what was flushed: the next start recovers.
-    Immediate,
-    /// Sessions are ended, everything is written.
-    Fast,
-}
-
-/// One server.
-#[derive(Debug)]
-pub struct Server {
-    slot: usize,
-    port: u16,
-    data: PathBuf,
-    binaries: PathBuf,
-    account: Account,
-    process: Process,
-}
-
-impl Server {
-    /// Its port on the loopback.
-    #[must_use]
-    pub const fn port(&self) -> u16 {
-        self.port
-    }
-
-    /// Of the postmaster.
-    #[must_use]
-    pub fn pid(&self) -> Option<i32> {
-        self.process.pid()
-    }
-
-    /// Whether the postmaster lives.
-    #[must_use]
-    pub fn running(&self) -> bool {
-        self.process.running()
-    }
-
-    /// Where it logs.
-    #[must_use]
-    pub fn log_path(&self) -> &Path {
-        self.process.log_path()
-    }
-
-    /// As the superuser, straight to it.
-    #[must_use]
-    pub fn url(&self) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/{DATABASE}", self.port)
-    }
-
-    fn maintenance_url(&self) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
-    }
-
-    /// Starts it and waits until it answers.
-    ///
-    /// # Errors
-    /// It does not come up.
-    pub async fn start(&self) -> anyhow::Result<()> {
-        self.launch()?;
-        let until = Instant::now() + START;
-        while !self.accepts().await {
-            if !self.running() || Instant::now() >= until {
-                bail!("Postgres in slot {} does not come up{}", self.slot, self.process.last_words());
-            }
-            sleep(LOOK).await;
-        }
-        Ok(())
-    }
-
-    /// Starts it and waits for nothing.
-    ///
-    /// # Errors
-    /// The program cannot be run.
-    pub fn launch(&self) -> anyhow::Result<()> {
-        let mut command = self.account.command(&self.binaries.join("postgres"));
-        command.arg("-D").arg(&self.data).arg("-p").arg(self.port.to_string());
-        self.process.spawn(command).map(drop)
-    }
-
-    /// Stops it and waits for its end; nothing if it does not run.
-    ///
-    /// # Errors
-    /// It does not end.
-    pub async fn stop(&self, stop: Stop) -> anyhow::Result<()> {
-        let signal = if stop == Stop::Immediate { Signal::SIGQUIT } else { Signal::SIGINT };
-        if self.process.signal(signal) {
-            self.process.wait_exit(STOP).await?;
-        }
-        Ok(())
-    }
-
-    /// Stops the postmaster as a debugger would; its backends go on.
-    pub fn pause(&self) -> bool {
-        self.process.signal(Signal::SIGSTOP)
-    }
-
-    /// See [`pause`](Self::pause).
-    pub fn resume(&self) -> bool {
-        self.process.signal(Signal::SIGCONT)
-    }
-
-    /// Whether it answers a statement.
-    pub async fn accepts(&self) -> bool {
-        match self.connect(&self.maintenance_url()).await {
-            Ok(mut connection) => connection.execute("SELECT 1").await.is_ok(),
-            Err(_) => false,
-        }
-    }
-
-    async fn connect(&self, url: &str) -> anyhow::Result<PgConnection> {
-        connect(url).await
-    }
-}
-
 /// A superuser's connection, without the log noise of failed ones.
 pub(super) async fn connect(url: &str) -> anyhow::Result<PgConnection> {
     let options: sqlx::postgres::PgConnectOptions = url.parse()?;
-    let options = options.application_name("chaos").disable_statement_logging();
+    let options =
+        options.application_name("chaos").options([("statement_timeout", STATEMENT)]).disable_statement_logging();
     timeout(CONNECT, PgConnection::connect_with(&options))
         .await
         .with_context(|| format!("Postgres does not answer within {CONNECT:?}"))?
@@ -194,7 +78,6 @@ pub struct Postgres {
     current: AtomicUsize,
     primary: watch::Sender<String>,
     replication: Link,
-    folder: PathBuf,
     account: Account,
     binaries: PathBuf,
     disks: Option<disks::Disks>,
@@ -219,16 +102,7 @@ impl Postgres {
         let replication = Link::start("replication", loopback(servers[0].port), seed).await?;
         let disks = if small_disks { Some(disks::Disks::mount(folder, account)?) } else { None };
         let primary = watch::Sender::new(servers[0].url());
-        let pair = Self {
-            servers,
-            current: AtomicUsize::new(0),
-            primary,
-            replication,
-            folder: folder.to_owned(),
-            account,
-            binaries,
-            disks,
-        };
+        let pair = Self { servers, current: AtomicUsize::new(0), primary, replication, account, binaries, disks };
         pair.initialise().await?;
         pair.rebuild_standby().await?;
         Ok(pair)
@@ -373,12 +247,15 @@ impl Postgres {
         self.replication.heal();
     }
 
-    /// Starts what was the primary before the failover, as it was: read-write, on its old port.
+    /// Starts what was the primary before the failover, as it was: read-write, on its old port. Only that it waits for a
+    /// standby is over: nobody could write there.
     ///
     /// # Errors
     /// It does not come up.
     pub async fn start_old_primary(&self) -> anyhow::Result<()> {
-        self.servers[self.standby_slot()].start().await
+        let old = &self.servers[self.standby_slot()];
+        old.forget_synchronous()?;
+        old.start().await
     }
 
     /// Copies the primary into the other slot and starts it as its standby.
@@ -476,7 +353,7 @@ impl Postgres {
             server.stop(Stop::Immediate).await?;
         }
         if let Some(disks) = &self.disks {
-            disks.unmount(&self.folder);
+            disks.unmount();
         }
         Ok(())
     }

@@ -20,6 +20,8 @@ use tokio::time::timeout;
 const QUOTED_LINES: usize = 15;
 /// Bytes from the end of a log in which they are looked for.
 const QUOTED_BYTES: u64 = 8 << 10;
+/// A program that ends by itself, `pg_basebackup` of the whole cluster included.
+const PROGRAM: Duration = Duration::from_secs(90);
 /// The file of a run's folder that lists its processes.
 pub const PROCESSES: &str = "processes.json";
 
@@ -221,15 +223,14 @@ impl Account {
     }
 }
 
-/// Runs a program to its end.
+/// Runs a program to its end; it is killed if it takes too long.
 pub(crate) async fn output(command: Command) -> anyhow::Result<String> {
     // Its name, not its path: what is said here ends up in reports.
     let shown = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = tokio::process::Command::from(command)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
+    let run = tokio::process::Command::from(command).stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(PROGRAM, run)
         .await
+        .with_context(|| format!("{shown} does not end within {PROGRAM:?}"))?
         .with_context(|| format!("cannot run {shown}"))?;
     anyhow::ensure!(
         output.status.success(),

@@ -96,6 +96,8 @@ pub(super) enum Mend {
     Clients,
     /// The packet filter.
     Filter,
+    /// The nodes' ways to both Postgres servers.
+    Ways,
     /// The current primary runs, replication flows.
     Postgres,
     /// The disks have space.

@@ -3,12 +3,18 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use sqlx::Executor as _;
 use tokio::time::Instant;
 
+use super::Scene;
 use super::act::{Act, Mend, until};
 
 /// Postgres has died of a full WAL disk within this, or survives it.
 const PANIC_WAIT: Duration = Duration::from_secs(15);
+/// Postgres finds no room in the tablespace within this.
+const FULL_WAIT: Duration = Duration::from_secs(5);
+/// What Postgres says then.
+const DISK_FULL: &str = "53100";
 /// Postgres accepts connections again within this.
 const ACCEPTS: Duration = Duration::from_secs(60);
 
@@ -28,7 +34,8 @@ pub(super) async fn fill(act: &mut Act<'_>) -> anyhow::Result<()> {
         act.took = died.is_some();
     } else {
         postgres.fill_tablespace()?;
-        act.took = true;
+        let full = until(Instant::now() + FULL_WAIT, || no_room(act.scene())).await;
+        act.took = full.is_some();
     }
     act.hold().await;
     postgres.free_disks()?;
@@ -39,4 +46,17 @@ pub(super) async fn fill(act: &mut Act<'_>) -> anyhow::Result<()> {
     act.stamp("accepted_at_us");
     act.off();
     Ok(())
+}
+
+/// Whether Postgres refuses a megabyte in the tablespace for want of room.
+async fn no_room(scene: &Scene) -> bool {
+    let Ok(mut connection) = scene.cluster.admin().await else { return false };
+    let probe = "CREATE TABLE public.chaos_probe AS SELECT repeat('x', 100) FROM generate_series(1, 10000)";
+    match connection.execute(probe).await {
+        Ok(_) => {
+            let _ = connection.execute("DROP TABLE public.chaos_probe").await;
+            false
+        }
+        Err(error) => error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(DISK_FULL)),
+    }
 }

@@ -9,14 +9,15 @@ use tokio::time::Instant;
 use super::act::{Act, Mend, until};
 use super::{Scene, recovery};
 use crate::cluster::Stop;
+use crate::cluster::link::{Cut, Direction, Link};
 use crate::workload::truth;
 
 /// Postgres accepts connections again within this.
 const ACCEPTS: Duration = Duration::from_secs(60);
 /// A standby that was cut off has replayed what it has within this.
 const REPLAYED: Duration = Duration::from_secs(10);
-/// Nodes that meet the old primary have the time to make their mistake.
-const TEMPTATION: Duration = Duration::from_secs(2);
+/// Nodes that can reach only the old primary have the time to make their mistake: three elections.
+const TEMPTATION: Duration = Duration::from_secs(3);
 const QUESTION: Duration = Duration::from_secs(5);
 
 /// A primary that a failover left behind, stopped.
@@ -134,14 +135,20 @@ async fn log_end(connection: &mut PgConnection) -> anyhow::Result<(u64, u64)> {
     Ok((u64::try_from(seq)?, u64::try_from(rows)?))
 }
 
+async fn last_term(connection: &mut PgConnection) -> anyhow::Result<i64> {
+    let asked = sqlx::query_scalar("SELECT coalesce(max(term), 0) FROM tidewire.terms");
+    Ok(tokio::time::timeout(QUESTION, asked.fetch_one(connection)).await??)
+}
+
 /// F12: the old primary comes back and would take writes; nodes must not relay there.
 pub(super) async fn old_primary_returns(act: &mut Act<'_>) -> anyhow::Result<()> {
     let old = act.board.take_old_primary().context("no failover left an old primary behind")?;
     act.on("old primary");
     // If anything fails from here on, the slot's end still rebuilds the pair.
     act.board.leave_old_primary(old.clone());
+    act.mends(Mend::Ways);
     let seen = tempt(act.scene(), &old).await?;
-    act.took = seen.accepted;
+    act.took = seen.accepted && seen.met;
     act.figure("lost_rows", seen.lost as f64);
     if let Some(text) = seen.relayed {
         act.violation(text);
@@ -156,30 +163,42 @@ pub(super) async fn old_primary_returns(act: &mut Act<'_>) -> anyhow::Result<()>
 
 /// What happened while the old primary ran.
 struct Temptation {
+    /// It takes writes.
     accepted: bool,
+    /// A node came.
+    met: bool,
     lost: u64,
     relayed: Option<String>,
 }
 
-/// Starts the old primary, watches whether a node relays there, and reads the tail that a lossy failover lost. It is
-/// stopped again by whoever rebuilds it.
+/// Starts the old primary with a row in its outbox, lets the nodes reach nothing else for a while, and looks whether one of
+/// them relayed there. Then reads the tail that a lossy failover lost. It is stopped again by whoever rebuilds it.
 async fn tempt(scene: &Scene, old: &OldPrimary) -> anyhow::Result<Temptation> {
     let postgres = scene.cluster.postgres();
+    let (true_way, wrong_way) = (postgres.current(), postgres.standby_slot());
+    let ways = |slot: usize| scene.cluster.nodes().iter().map(move |node| node.database_links()[slot]);
+    ways(wrong_way).for_each(|link| link.cut(Cut::Reset, Direction::Both));
     postgres.start_old_primary().await?;
     let mut connection = connect(&old.url).await.context("the old primary")?;
     let accepted: bool = sqlx::query_scalar("SELECT NOT pg_is_in_recovery()").fetch_one(&mut connection).await?;
-    let before = log_end(&mut connection).await?;
+    sqlx::query("SELECT tidewire.emit('chaos', '0', 'lure', '{}'::jsonb)").execute(&mut connection).await?;
+    let before = (log_end(&mut connection).await?, last_term(&mut connection).await?);
+    let asked = || ways(wrong_way).map(|link| link.bytes().0).sum::<u64>();
+    let unasked = asked();
+    ways(true_way).for_each(|link| link.cut(Cut::Reset, Direction::Both));
+    ways(wrong_way).for_each(Link::heal);
     tokio::time::sleep(TEMPTATION).await;
-    let after = log_end(&mut connection).await?;
+    ways(true_way).for_each(Link::heal);
+    let after = (log_end(&mut connection).await?, last_term(&mut connection).await?);
     let relayed = (before != after).then(|| {
-        format!("a node relayed on the old primary: its log went from {before:?} to {after:?} (last seq, rows)")
+        format!("a node led on the old primary: from {before:?} to {after:?} ((last seq, rows of its log), last term)")
     });
     let lost = match old.tail {
         Some((branch, fork)) => truth::lost_tail(&old.url, &scene.recorder, branch, fork).await?,
         None => 0,
     };
     let _ = connection.close().await;
-    Ok(Temptation { accepted, lost, relayed })
+    Ok(Temptation { accepted, met: asked() > unasked, lost, relayed })
 }
 
 /// Without a fault that records it: reads the lost tail if there is one, and makes a standby of the old primary.

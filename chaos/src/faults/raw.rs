@@ -77,6 +77,21 @@ impl Raw {
         tokio::time::timeout(within, self.read_to_close()).await.unwrap_or(End::Open)
     }
 
+    /// The first text that names this subscription, which is the answer to the subscribe.
+    pub(super) async fn answer(&mut self, id: &str, within: Duration) -> anyhow::Result<String> {
+        let named = format!(r#""id":"{id}""#);
+        let answer = async {
+            loop {
+                let (opcode, payload) = self.next_frame().await.context("the connection ended before the answer")?;
+                let text = String::from_utf8_lossy(&payload);
+                if opcode == TEXT && text.contains(&named) {
+                    return Ok(text.into_owned());
+                }
+            }
+        };
+        tokio::time::timeout(within, answer).await.context("no answer")?
+    }
+
     async fn read_to_close(&mut self) -> End {
         loop {
             match self.next_frame().await {

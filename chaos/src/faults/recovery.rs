@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::act::{Act, Board, Mend, NODE_READY, POLL};
 use super::{Scene, failover};
+use crate::cluster::link::Link;
 
 /// Everybody has caught up within this, or the fault counts as not recovered.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
@@ -126,6 +127,11 @@ pub(super) async fn mend(act: &mut Act<'_>) {
                 Ok(())
             }
             Mend::Filter => scene.filter.as_ref().map_or(Ok(()), |filter| filter.clear()),
+            Mend::Ways => {
+                let ways = scene.cluster.nodes().iter().flat_map(|node| node.database_links());
+                ways.for_each(Link::heal);
+                Ok(())
+            }
             Mend::Disks => scene.cluster.postgres().free_disks(),
             Mend::Postgres => mend_postgres(scene).await,
         };

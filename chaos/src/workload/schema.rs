@@ -3,10 +3,10 @@
 use anyhow::Context;
 use sqlx::{ConnectOptions, Connection, Executor, PgConnection};
 
-use super::WorkloadPlan;
-
 /// All of one shape, so that every filter fits every table.
 pub(super) const TABLES: [&str; 3] = ["public.accounts", "public.orders", "public.notes"];
+/// Postgres ends a statement after this; writers set a shorter limit for themselves.
+const STATEMENT: &str = "120s";
 /// Domain events.
 pub(super) const EVENTS: &str = "event:bid";
 /// `w` is drawn below this; filters pick their share of the rows by it.
@@ -16,7 +16,7 @@ pub(super) const WEIGHTS: u32 = 100;
 ///
 /// # Errors
 /// Postgres refuses.
-pub async fn prepare(primary_url: &str, _plan: &WorkloadPlan) -> anyhow::Result<()> {
+pub async fn prepare(primary_url: &str) -> anyhow::Result<()> {
     let mut connection = connect(&as_owner(primary_url)).await?;
     for table in TABLES {
         let statement = format!(
@@ -35,5 +35,6 @@ pub(super) fn as_owner(url: &str) -> String {
 
 pub(super) async fn connect(url: &str) -> Result<PgConnection, sqlx::Error> {
     let options: sqlx::postgres::PgConnectOptions = url.parse()?;
-    PgConnection::connect_with(&options.application_name("writer").disable_statement_logging()).await
+    let options = options.application_name("writer").options([("statement_timeout", STATEMENT)]);
+    PgConnection::connect_with(&options.disable_statement_logging()).await
 }

@@ -79,6 +79,7 @@ pub(super) async fn write(w: u32, plan: WorkloadPlan, shared: Arc<Shared>) {
     let mut writer = Writer {
         w,
         n: 0,
+        values: 0,
         rng: StdRng::seed_from_u64(plan.seed ^ (u64::from(w) << 32) ^ 0x0077_7269_7465),
         plan,
         primary: shared.primary.clone(),
@@ -105,6 +106,8 @@ pub(super) async fn write(w: u32, plan: WorkloadPlan, shared: Arc<Shared>) {
 struct Writer {
     w: u32,
     n: u64,
+    /// Values so far: none comes twice, not even one that was undone.
+    values: u64,
     rng: StdRng,
     plan: WorkloadPlan,
     primary: watch::Receiver<String>,
@@ -234,6 +237,12 @@ impl Writer {
         i64::from(self.plan.keys) + i64::from(self.w)
     }
 
+    /// A new one.
+    fn value(&mut self) -> String {
+        self.values += 1;
+        format!("{}-{}-{}", self.w, self.n, self.values)
+    }
+
     async fn change(
         &mut self,
         connection: &mut PgConnection,
@@ -242,8 +251,7 @@ impl Writer {
         ops: &mut Vec<Write>,
         xid: &mut u64,
     ) -> Result<(), sqlx::Error> {
-        // Values of what is undone are never used again either.
-        let val = format!("{}-{}-{}", self.w, self.n, self.rng.random::<u32>());
+        let val = self.value();
         let weight = i32::try_from(self.rng.random_range(0..WEIGHTS)).unwrap_or(0);
         let delete = self.rng.random_range(0..100) < 8;
         let mut write = Write { table: table.to_owned(), op: String::new(), key, val, prev: None };
@@ -299,7 +307,7 @@ impl Writer {
         xid: &mut u64,
     ) -> Result<(), sqlx::Error> {
         let key = i64::from(self.rng.random_range(0..self.plan.keys.max(1)));
-        let val = format!("{}-{}-{}", self.w, self.n, self.rng.random::<u32>());
+        let val = self.value();
         let payload = serde_json::json!({ "val": val, "w": self.rng.random_range(0..WEIGHTS) });
         let row =
             sqlx::query("SELECT pg_current_xact_id()::text::bigint, tidewire.emit('bid', $1, 'placed', $2::json)")

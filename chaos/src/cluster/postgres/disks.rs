@@ -66,7 +66,7 @@ impl Disks {
         self.all().try_for_each(|disk| remount(disk, ROOM))
     }
 
-    pub(super) fn unmount(&self, _folder: &Path) {
+    pub(super) fn unmount(&self) {
         for disk in self.all() {
             // The sandbox's end unmounts what is still busy.
             let _ = umount2(disk, MntFlags::MNT_DETACH);
