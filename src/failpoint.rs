@@ -25,8 +25,16 @@ pub async fn hit(_name: &'static str) -> Result<(), Injected> {
     Ok(())
 }
 
+/// Passes a step that cannot wait; true when it is to fail.
+#[cfg(not(feature = "chaos"))]
+#[inline(always)]
+#[must_use]
+pub const fn fails(_name: &'static str) -> bool {
+    false
+}
+
 #[cfg(feature = "chaos")]
-pub use armed::{Action, NAMES, NotArmed, arm, hit, states};
+pub use armed::{Action, NAMES, NotArmed, arm, fails, hit, states};
 
 #[cfg(feature = "chaos")]
 mod armed {
@@ -49,13 +57,14 @@ mod armed {
     }
 
     /// Every fail point: the room, then the step.
-    pub const NAMES: [&str; 16] = [
+    pub const NAMES: [&str; 19] = [
         "election.locked",
         "election.began",
         "election.resigning",
         "relay.claim",
         "relay.claimed",
         "relay.part",
+        "relay.appended",
         "relay.partition",
         "relay.announce",
         "feed.heard",
@@ -65,6 +74,8 @@ mod armed {
         "resume.settle",
         "resume.decided",
         "resume.page",
+        "session.send",
+        "drain.began",
         "log.trim",
     ];
 
@@ -76,24 +87,37 @@ mod armed {
     /// # Errors
     /// The fail point is armed with `error`.
     pub async fn hit(name: &'static str) -> Result<(), Injected> {
+        match pass(name) {
+            Some(Action::Sleep(millis)) => {
+                tokio::time::sleep(Duration::from_millis(millis)).await;
+                Ok(())
+            }
+            Some(Action::Error) => Err(Injected(name)),
+            Some(Action::Kill) | None => Ok(()),
+        }
+    }
+
+    /// Passes a step that cannot wait: armed with `sleep` it does not. True when it is armed with `error`.
+    pub fn fails(name: &'static str) -> bool {
+        pass(name) == Some(Action::Error)
+    }
+
+    /// What the step is to do; does not return if that is to kill.
+    fn pass(name: &'static str) -> Option<Action> {
         debug_assert!(NAMES.contains(&name), "{name} is not listed");
         let action = {
             let mut armed = ARMED.lock();
-            let Some((action, once)) = armed.get(name).copied() else { return Ok(()) };
+            let (action, once) = armed.get(name).copied()?;
             if once {
                 armed.remove(name);
             }
             action
         };
         tracing::warn!(name, ?action, "fail point");
-        match action {
-            Action::Kill => std::process::abort(),
-            Action::Sleep(millis) => {
-                tokio::time::sleep(Duration::from_millis(millis)).await;
-                Ok(())
-            }
-            Action::Error => Err(Injected(name)),
+        if action == Action::Kill {
+            std::process::abort();
         }
+        Some(action)
     }
 
     /// Every fail point and what it does now.

@@ -14,6 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -22,12 +25,13 @@ use crate::backoff::Backoff;
 use crate::cursor::Seq;
 use crate::event::{Event, Operation};
 use crate::failpoint;
-use crate::feed::chunk::{Header, Kind, decode_events};
+use crate::feed::chunk::{ChunkError, Header, Kind, decode_events};
 use crate::feed::seal::FeedKey;
 use crate::hub::Hub;
 use crate::log::append::Interner;
 use crate::log::incarnation::{TermKey, epoch_has_term, epochs, term_key};
 use crate::log::read;
+use crate::mutant::{self, Mutant};
 use crate::postgres::listen::{Heard, SCHEMA_CHANNEL, Wakeups, listen};
 use crate::postgres::{Database, Incarnation, within};
 use crate::relay::LEADER_CHANNEL;
@@ -280,7 +284,7 @@ impl Follower {
             self.metrics.feed_chunks_total.with_label_values(&["foreign"]).inc();
             return None;
         };
-        let Ok(body) = key.open(&header, text, sealed) else {
+        let Ok(body) = opened(&key, &header, text, sealed) else {
             self.metrics.feed_chunks_total.with_label_values(&["refused"]).inc();
             return None;
         };
@@ -333,7 +337,8 @@ impl Follower {
         }
         let (term, key) = self.keys.get(&header.term)?;
         // A term's number may come twice after a lost tail: the key is that of one epoch only.
-        (term.feed_pid == pid && term.epoch == header.epoch).then(|| key.clone()).flatten()
+        let sender = term.feed_pid == pid || mutant::is(Mutant::FeedTrusted);
+        (sender && term.epoch == header.epoch).then(|| key.clone()).flatten()
     }
 
     /// Hands events to the hub, once it is known what their tables are.
@@ -476,5 +481,15 @@ impl Follower {
             self.take(&events, "log").await?;
         }
         Ok(())
+    }
+}
+
+/// What the chunk says, if the term's leader sealed it.
+fn opened(key: &FeedKey, header: &Header, text: &str, sealed: &str) -> Result<Bytes, ChunkError> {
+    match key.open(header, text, sealed) {
+        Err(_) if mutant::is(Mutant::FeedTrusted) => {
+            STANDARD_NO_PAD.decode(sealed).map(Bytes::from).map_err(|_| ChunkError::Body)
+        }
+        opened => opened,
     }
 }

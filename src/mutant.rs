@@ -38,6 +38,12 @@ pub enum Mutant {
     ResyncEverybody,
     /// A primary of an older timeline is served.
     OldPrimaryAccepted,
+    /// Chunks of the feed that nobody sealed are believed.
+    FeedTrusted,
+    /// A process that stood still takes its ring for current.
+    StaleAfterPause,
+    /// The log is trimmed to less than what is kept.
+    TrimTooMuch,
 }
 
 /// Whether this process runs as `mutant`.
@@ -60,7 +66,7 @@ mod chosen {
     static CHOSEN: OnceLock<Mutant> = OnceLock::new();
 
     /// Name, what it breaks, the classes of faults that bring it out (none: any traffic does).
-    const ALL: [(Mutant, &str, &str, &[&str]); 16] = [
+    const ALL: [(Mutant, &str, &str, &[&str]); 19] = [
         (Mutant::FloorPassesRunning, "floor_passes_running", "the relay passes transactions that still run", &[]),
         (Mutant::OrderById, "order_by_id", "transactions interleave in the log", &[]),
         (Mutant::OrderByXid, "order_by_xid", "the log's order is not that of the changes", &[]),
@@ -92,6 +98,9 @@ mod chosen {
         (Mutant::DivergedNotTold, "diverged_not_told", "clients in a lost tail go on in silence", &["F11"]),
         (Mutant::ResyncEverybody, "resync_everybody", "every failover resyncs everybody", &["F10", "F11"]),
         (Mutant::OldPrimaryAccepted, "old_primary_accepted", "an old primary is served", &["F10", "F11", "F12"]),
+        (Mutant::FeedTrusted, "feed_trusted", "chunks that nobody sealed are believed", &["F17"]),
+        (Mutant::StaleAfterPause, "stale_after_pause", "a node that stood still takes itself for current", &["F4"]),
+        (Mutant::TrimTooMuch, "trim_too_much", "the log loses what it should keep", &["F1", "F2"]),
     ];
 
     /// Whether this process runs as `mutant`.

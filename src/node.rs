@@ -18,6 +18,7 @@ use crate::auth::store::KeyStore;
 use crate::auth::ticket::Tickets;
 use crate::cluster::{Cluster, ConnectionLimiter};
 use crate::config::{Config, Wake};
+use crate::failpoint;
 use crate::follower::Follower;
 use crate::http;
 use crate::hub::pages::Pages;
@@ -120,6 +121,8 @@ impl Node {
         let connections = self.context.connections.load(Ordering::Relaxed);
         tracing::info!(connections, "draining");
         self.drain.send_replace(Some(Drain { began, window, deadline }));
+        // There is nobody to tell: armed to fail, it only goes on.
+        let _ = failpoint::hit("drain.began").await;
         self.context.lifecycle.stop();
         while self.context.connections.load(Ordering::Relaxed) > 0 && began.elapsed() < deadline {
             tokio::time::sleep(WATCH_INTERVAL).await;

@@ -234,6 +234,7 @@ impl Leader<'_> {
             );
         }
         let Some(last) = claim.events.last() else { return Ok(()) };
+        failpoint::hit("relay.appended").await.map_err(sqlx::Error::from)?;
         metrics.relay_batch_ms.observe(began.elapsed().as_secs_f64() * 1000.0);
         metrics.relay_batch_events.observe(claim.events.len() as f64);
         metrics.events_relayed_total.inc_by(claim.events.len() as u64);

@@ -5,6 +5,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::mutant::{self, Mutant};
+
 /// A longer pause between two turns means that the process was stopped.
 pub(super) const PAUSE: Duration = Duration::from_secs(3);
 
@@ -21,7 +23,8 @@ impl Belief {
     /// Takes note that the loop turns, at `now`; true when it had stood still. Then nothing is believed any more, whatever
     /// was under way.
     pub(super) fn turn(&mut self, now: Instant) -> bool {
-        let stood = self.turned.replace(now).is_some_and(|at| now.saturating_duration_since(at) > PAUSE);
+        let stood = self.turned.replace(now).is_some_and(|at| now.saturating_duration_since(at) > PAUSE)
+            && !mutant::is(Mutant::StaleAfterPause);
         if stood {
             self.doubt();
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use sqlx::Connection as _;
 
 use crate::log::retention;
+use crate::mutant::{self, Mutant};
 use crate::postgres::Database;
 use crate::telemetry::metrics::Metrics;
 
@@ -14,6 +15,9 @@ use crate::telemetry::metrics::Metrics;
 const TRIM_INTERVAL: Duration = Duration::from_secs(60);
 /// Before the first: a new leader has better things to do.
 const FIRST_TRIM: Duration = Duration::from_secs(10);
+
+/// Events that a mutant keeps.
+const MUTANT_KEEPS: u32 = 1_000;
 
 /// Drops what is past its retention, for ever; failures are logged and tried again at the next turn.
 pub(super) async fn trim_log(database: Arc<Database>, retention: Duration, metrics: Arc<Metrics>) {
@@ -35,6 +39,11 @@ async fn trim_once(database: &Database, retention: Duration) -> anyhow::Result<u
         .execute(&mut connection)
         .await?;
     let dropped = retention::trim(&mut connection, retention, None).await?;
+    if mutant::is(Mutant::TrimTooMuch) {
+        let newest = "SELECT max(seq) FROM tidewire.event_log";
+        let trimmed = format!("DELETE FROM tidewire.event_log WHERE seq < ({newest}) - {MUTANT_KEEPS}");
+        sqlx::query(sqlx::AssertSqlSafe(trimmed)).execute(&mut connection).await?;
+    }
     connection.close().await?;
     Ok(dropped)
 }

@@ -14,6 +14,7 @@ use futures_util::{Sink as _, Stream as _};
 use tokio_tungstenite::tungstenite::Error as WireFault;
 use tokio_tungstenite::tungstenite::error::CapacityError;
 
+use crate::failpoint;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::ServerMessage;
@@ -182,7 +183,7 @@ impl Served {
         if let Emit::Close(_) = emit {
             self.closing = Some(Box::pin(tokio::time::sleep(CLOSE_TIMEOUT)));
         }
-        Pin::new(&mut self.socket).start_send(message(emit)).is_err()
+        failpoint::fails("session.send") || Pin::new(&mut self.socket).start_send(message(emit)).is_err()
     }
 
     fn blocked(&mut self) {

@@ -73,6 +73,9 @@ async fn provoke(act: &Act<'_>, node: &Node, name: &str, before: u64) -> anyhow:
     if name.starts_with("resume.") {
         // Its clients come back, to any node: some of them to this one.
         node.front_link().reset_all();
+    } else if name.starts_with("drain.") {
+        // Asked to go: it dies on the way, or is late.
+        let _ = node.terminate(EXIT).await;
     } else if name == "relay.part" {
         act.scene().workload.big_transaction(LARGE).await?;
     } else if name.starts_with("election.") {

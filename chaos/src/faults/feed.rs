@@ -3,12 +3,17 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rand::{Rng, RngExt};
 use sqlx::postgres::PgListener;
 use sqlx::{Executor as _, PgConnection};
+use tidewire::event::{Event, NewEvent, Operation};
+use tidewire::feed::chunk;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::act::{Act, Role, until};
 use super::connections;
@@ -139,13 +144,46 @@ fn invent(act: &mut Act<'_>, epoch: i32, term: i64, head: i64) -> String {
     let body: String =
         (0..64).map(|_| char::from(b'A' + u8::try_from(act.random.random_range(0..26)).unwrap_or(0))).collect();
     let (first, last) = (head + 1, head + act.random.random_range(1..4));
-    match act.random.next_u32() % 5 {
+    match act.random.next_u32() % 6 {
         0 => format!("1.{epoch}.{term}.{first}.{last}.e.{nonce}.{body}"),
+        5 => format!("1.{epoch}.{term}.{first}.{first}.e.{nonce}.{}", unsealed(first, nonce)),
         1 => format!("1.{epoch}.{term}.{first}.{}.r.{nonce}.{body}", last + 1_000_000),
         2 => format!("1.{epoch}.{term}.{}.{}.h.{nonce}.{body}", 0, last + 1_000_000),
         3 => format!("1.{}.{}.{first}.{last}.e.{nonce}.{body}", epoch + 1, term + 1),
         _ => body,
     }
+}
+
+/// An event that would pass, but for the seal: whoever made this knows everything of the format, and not the key.
+fn unsealed(seq: i64, nonce: u32) -> String {
+    let row = format!(r#"{{"id":0,"val":"forged-{nonce}","prev":null,"w":1}}"#);
+    let new = NewEvent {
+        event_id: Uuid::new_v4(),
+        table: "public.notes",
+        operation: Operation::Insert,
+        key: Some(r#"{"id":0}"#),
+        old_key: None,
+        before: None,
+        after: Some(&row),
+        event_type: None,
+        headers: None,
+        xid: u64::from(nonce),
+        created_at: chrono::Utc::now(),
+        omitted: false,
+    };
+    let mut body = String::new();
+    new.compose(&mut body);
+    let event = Event {
+        seq: seq.cast_unsigned(),
+        id: new.event_id,
+        xid: new.xid,
+        operation: new.operation,
+        tx_end: true,
+        omitted: false,
+        table: new.table.into(),
+        body: body.into(),
+    };
+    chunk::encode_events(&[event]).map(|bytes| STANDARD_NO_PAD.encode(bytes)).unwrap_or_default()
 }
 
 /// Chunks that the nodes did not believe, so far.
