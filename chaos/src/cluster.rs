@@ -62,6 +62,8 @@ pub struct Cluster {
     postgres: Postgres,
     api_key: String,
     binary: PathBuf,
+    folder: PathBuf,
+    table: Arc<Table>,
 }
 
 impl Cluster {
@@ -91,11 +93,10 @@ impl Cluster {
         while fronts.len() < 3 {
             fronts.push(loopback(free_port()?).to_string());
         }
-        let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/haproxy/haproxy.cfg");
-        let process = Process::new("haproxy", options.folder.join("haproxy.log"), Arc::clone(&table));
-        let haproxy = HaProxy::new(process, config, options.folder.join("haproxy.sock"), fronts)?;
+        let haproxy = balancer("haproxy", &options.folder, &table, fronts)?;
         let client_link = Link::start("clients", loopback(haproxy.port()), options.seed ^ 0xc11e).await?;
-        let cluster = Arc::new(Self { nodes, haproxy, client_link, postgres, api_key, binary: options.binary });
+        let ClusterOptions { binary, folder, .. } = options;
+        let cluster = Arc::new(Self { nodes, haproxy, client_link, postgres, api_key, binary, folder, table });
         cluster.nodes.iter().try_for_each(Node::start)?;
         for node in &cluster.nodes {
             node.wait_ready(READY).await?;
@@ -209,6 +210,17 @@ impl Cluster {
         }))
     }
 
+    /// One more balancer, which reaches the nodes without links; it ends when it is dropped.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub async fn another_balancer(&self, n: u32) -> anyhow::Result<HaProxy> {
+        let nodes = self.nodes.iter().map(|node| loopback(node.port).to_string()).collect();
+        let balancer = balancer(&format!("haproxy-{n}"), &self.folder, &self.table, nodes)?;
+        balancer.start().await?;
+        Ok(balancer)
+    }
+
     /// Waits until the primary answers, a leader relays, every node takes clients and the balancer sees it.
     ///
     /// # Errors
@@ -252,6 +264,12 @@ async fn node(options: &ClusterOptions, index: usize, postgres: &Postgres, table
     let front = Link::start(&format!("balancer-{name}"), loopback(port), seed + 2).await?;
     let process = Process::new(&name, options.folder.join(format!("{name}.log")), Arc::clone(table));
     Ok(Node::new(name, index, port, options.binary.clone(), options.env.clone(), process, [a, b], front))
+}
+
+fn balancer(name: &str, folder: &Path, table: &Arc<Table>, nodes: Vec<String>) -> anyhow::Result<HaProxy> {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/haproxy/haproxy.cfg");
+    let process = Process::new(name, folder.join(format!("{name}.log")), Arc::clone(table));
+    HaProxy::new(process, config, folder.join(format!("{name}.sock")), nodes)
 }
 
 /// The key in the JSON that `keys create` prints.

@@ -2,6 +2,7 @@
 
 mod plans;
 mod reports;
+mod storm;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,11 @@ enum Command {
     Preflight,
     /// Servers that are broken on purpose: each must be caught within five runs
     Mutants(MutantArgs),
+    /// Thousands of clients lose their node at once: how soon they are back
+    Storm(storm::StormArgs),
+    /// One process of the storm's clients
+    #[command(hide = true)]
+    StormClients(storm::ClientsArgs),
     /// Kill what an earlier run left alive, and nothing else
     Clean {
         /// The earlier run's folder
@@ -193,14 +199,18 @@ impl Cli {
             Command::Campaign(args) => (&args.common, args.failpoints),
             Command::Replay(args) => (&args.common, args.failpoints || plans::needs_failpoints(&args.plan)),
             Command::Mutants(args) => (&args.common, true),
-            Command::Check { .. } | Command::Preflight | Command::Clean { .. } => return Ok(Servers::default()),
+            Command::Storm(args) => return build::servers(args.server.as_deref(), false),
+            Command::Check { .. } | Command::Preflight | Command::Clean { .. } | Command::StormClients(_) => {
+                return Ok(Servers::default());
+            }
         };
         build::servers(common.server.as_deref(), failpoints)
     }
 
-    /// `check` and `clean` are about files and processes outside.
+    /// `check` and `clean` are about files and processes outside; the storm's clients are where the storm is.
     pub(crate) fn wants_sandbox(&self) -> bool {
-        !self.no_sandbox && !matches!(self.command, Command::Check { .. } | Command::Clean { .. })
+        let outside = matches!(self.command, Command::Check { .. } | Command::Clean { .. } | Command::StormClients(_));
+        !self.no_sandbox && !outside
     }
 
     pub(crate) async fn execute(self, place: Place, servers: Servers) -> anyhow::Result<ExitCode> {
@@ -220,6 +230,9 @@ impl Cli {
             return Ok(ExitCode::SUCCESS);
         }
         preflight::raise_files()?;
+        if let Command::StormClients(args) = &self.command {
+            return storm::clients(args).await;
+        }
         let abilities = preflight::probe(place);
         if place == Place::Outside {
             eprintln!("not in a sandbox: what needs root or namespaces of its own is SKIPPED");
@@ -233,7 +246,8 @@ impl Cli {
             Command::Campaign(args) => many(args, servers, &abilities).await,
             Command::Replay(args) => replay(args, &servers, &abilities).await,
             Command::Mutants(args) => mutants(args, servers, &abilities).await,
-            Command::Check { .. } | Command::Clean { .. } => Ok(ExitCode::SUCCESS),
+            Command::Storm(args) => storm::storm(args, &servers).await,
+            Command::Check { .. } | Command::Clean { .. } | Command::StormClients(_) => Ok(ExitCode::SUCCESS),
         }
     }
 }

@@ -16,6 +16,7 @@ pub mod preflight;
 pub mod report;
 pub mod run;
 pub mod sandbox;
+pub mod storm;
 pub mod workload;
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-pub use self::schema::prepare;
+pub use self::schema::{connect, prepare};
 use crate::history::{Recorder, Want};
 
 /// From the end of the writers' plan to the last answer to a COMMIT.

@@ -43,6 +43,12 @@ impl HaProxy {
         self.port
     }
 
+    /// Where clients connect, with no link in between.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", loopback(self.port))
+    }
+
     /// Of the process.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
@@ -124,7 +130,11 @@ impl HaProxy {
         Ok(())
     }
 
-    pub(super) async fn stop(&self) -> anyhow::Result<()> {
+    /// Ends it.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub async fn stop(&self) -> anyhow::Result<()> {
         if self.process.signal(Signal::SIGKILL) {
             self.process.wait_exit(STOP).await?;
         }

@@ -33,7 +33,11 @@ pub(super) fn as_owner(url: &str) -> String {
     url.replacen("postgres://postgres@", "postgres://app@", 1)
 }
 
-pub(super) async fn connect(url: &str) -> Result<PgConnection, sqlx::Error> {
+/// A connection of its own, whose statements Postgres ends if they take too long.
+///
+/// # Errors
+/// Postgres cannot be reached.
+pub async fn connect(url: &str) -> Result<PgConnection, sqlx::Error> {
     let options: sqlx::postgres::PgConnectOptions = url.parse()?;
     let options = options.application_name("writer").options([("statement_timeout", STATEMENT)]);
     PgConnection::connect_with(&options.disable_statement_logging()).await
