@@ -53,6 +53,11 @@ fn delete(key: i64, val: &str) -> Write {
     Write { op: "DELETE".into(), ..insert(key, val) }
 }
 
+/// A domain event: no table holds it.
+fn event(key: i64, val: &str) -> Write {
+    Write { table: "event:bid".into(), op: "EVENT".into(), ..insert(key, val) }
+}
+
 impl History {
     /// One epoch, one term, nothing written.
     fn new() -> Self {
@@ -101,10 +106,10 @@ impl History {
             let seq = self.log.iter().filter(|row| row.branch == 0).count() as u64 + 1;
             let row = row(0, seq, xid, i + 1 == ops.len(), write);
             self.log.push(row);
-            if write.op == "DELETE" {
-                self.rows.remove(&write.key);
-            } else {
-                self.rows.insert(write.key, write.val.clone());
+            match write.op.as_str() {
+                "DELETE" => drop(self.rows.remove(&write.key)),
+                "EVENT" => {}
+                _ => drop(self.rows.insert(write.key, write.val.clone())),
             }
         }
     }

@@ -28,6 +28,43 @@ fn a_transaction_half_of_which_is_lost() {
 }
 
 #[test]
+fn changes_of_one_transaction_in_another_order() {
+    let mut history = History::small();
+    let ops = [insert(3, "d"), insert(4, "e")];
+    history.written(5, &ops);
+    history.say(Record::Ok { w: 0, n: 5 });
+    let [first, second] = ops;
+    history.relay(5, &[second, first]);
+    history.breaks("order");
+}
+
+#[test]
+fn a_change_that_stands_in_the_place_of_another() {
+    let mut history = History::small();
+    let (first, second) = (event(1, "d"), event(2, "e"));
+    history.written(5, &[first.clone(), second]);
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.relay(5, &[first.clone(), first]);
+    let verdict = history.check();
+    let rules: Vec<&str> = verdict.violations.iter().map(|violation| violation.rule).collect();
+    assert_eq!(rules, ["repeated", "lost"], "{:#?}", verdict.violations);
+}
+
+#[test]
+fn a_lost_tail_with_the_end_of_a_transaction_and_without_its_beginning() {
+    let mut history = History::small();
+    history.lossy(4);
+    let ops = [insert(3, "lost"), insert(4, "too")];
+    history.written(5, &ops);
+    history.say(Record::Ok { w: 0, n: 5 });
+    let [first, second] = ops;
+    history.log.push(row(1, 5, 5, false, &second));
+    history.log.push(row(1, 6, 5, true, &first));
+    history.healed();
+    history.breaks("atomic");
+}
+
+#[test]
 fn an_event_of_a_transaction_that_was_rolled_back() {
     let mut history = History::small();
     history.relay(3, &[insert(9, "never")]);

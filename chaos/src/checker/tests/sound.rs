@@ -125,3 +125,16 @@ fn a_lost_transaction_whose_number_comes_again() {
     history.relay(3, &[insert(5, "new")]);
     history.passes();
 }
+
+/// Relayed in parts; the database went away between two of them.
+#[test]
+fn a_lost_tail_that_ends_inside_a_transaction() {
+    let mut history = History::small();
+    history.lossy(4);
+    let ops = [insert(3, "lost"), insert(4, "too")];
+    history.written(5, &ops);
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.log.push(row(1, 5, 5, false, &ops[0]));
+    history.healed();
+    history.passes();
+}
