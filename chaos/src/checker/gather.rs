@@ -46,8 +46,6 @@ pub(super) struct Seen {
     pub(super) fingerprint: u64,
     /// Of the batch's cursor.
     pub(super) epoch: u32,
-    /// The last of a batch that did not end inside a transaction.
-    pub(super) closes: bool,
 }
 
 /// A change of the position, or of the connection.
@@ -61,8 +59,14 @@ pub(super) struct Step {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// After a batch whose first event has this seq.
-    Batch(u64, Cursor),
+    /// After a batch.
+    Batch {
+        /// The seq of its first event.
+        first: u64,
+        cursor: Cursor,
+        /// It said that it ends inside a transaction.
+        open: bool,
+    },
     /// By a progress or a caught_up.
     Position(Cursor),
     Lost,
@@ -247,15 +251,13 @@ impl Subscription {
             }
             Record::Deliver { e, cursor, open, .. } => {
                 let first = e.first().map_or(cursor.seq, |event| event.0);
-                let last = e.len().saturating_sub(1);
-                self.events.extend(e.iter().enumerate().map(|(n, event)| Seen {
+                self.events.extend(e.iter().map(|event| Seen {
                     at,
                     seq: event.0,
                     fingerprint: event.1,
                     epoch: cursor.epoch,
-                    closes: n == last && !open,
                 }));
-                Kind::Batch(first, cursor)
+                Kind::Batch { first, cursor, open }
             }
             Record::Progress { cursor, .. } | Record::CaughtUp { cursor, .. } => Kind::Position(cursor),
             Record::Disconnected { .. } => Kind::Lost,

@@ -24,6 +24,7 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
         rules.positions(findings);
         rules.complete(findings);
         rules.atomic(findings);
+        rules.between(findings);
         rules.resync(findings);
     }
 }
@@ -89,7 +90,7 @@ impl<'a> Rules<'a> {
         let mut held = first;
         for step in &self.subscription.steps {
             let (event, cursor) = match step.kind {
-                Kind::Batch(event, cursor) => (Some(event), cursor),
+                Kind::Batch { first, cursor, .. } => (Some(first), cursor),
                 Kind::Position(cursor) => (None, cursor),
                 Kind::Lost | Kind::Resumed => continue,
             };
@@ -103,7 +104,7 @@ impl<'a> Rules<'a> {
                 let text = format!("the position of {} went back from {held} to {cursor}", self.name());
                 findings.violation("bookmark", step.at, text);
             }
-            if let Kind::Batch(_, cursor) = step.kind
+            if let Kind::Batch { cursor, .. } = step.kind
                 && step.last > cursor.seq
             {
                 let text = format!("{} was told {cursor} after seq {}", self.name(), step.last);
@@ -133,7 +134,7 @@ impl<'a> Rules<'a> {
         let first = self.subscription.first?;
         let steps = self.subscription.steps.iter().rev();
         let told = steps.filter_map(|step| match step.kind {
-            Kind::Batch(_, cursor) | Kind::Position(cursor) => Some((step.at, cursor)),
+            Kind::Batch { cursor, .. } | Kind::Position(cursor) => Some((step.at, cursor)),
             Kind::Lost | Kind::Resumed => None,
         });
         let last = told.chain([first]).next()?;
@@ -188,25 +189,52 @@ impl<'a> Rules<'a> {
         findings.violation("missed", at, text);
     }
 
-    /// A batch that does not say that it is open ends with the last event of its transaction that is due.
+    /// A batch that does not say that it is open ends with the last event of its transaction that is due: whoever saves
+    /// its cursor and begins there again would have half a transaction.
     fn atomic(&self, findings: &mut Findings) {
-        for pair in self.subscription.events.windows(2) {
-            // Of a lost tail nobody knows any more what its transactions were.
-            if pair.iter().any(|event| self.gathered.epoch_of(event.seq) > event.epoch) {
-                continue;
-            }
-            let (Some(a), Some(b)) = (self.row(pair[0].seq), self.row(pair[1].seq)) else { continue };
-            let torn = pair[0].closes && a.xid == b.xid && !a.tx_end && pair[0].epoch == pair[1].epoch;
-            if torn && (a.seq..b.seq).all(|seq| self.row(seq).is_some_and(|row| row.xid == a.xid && !row.tx_end)) {
+        let matches = self.gathered.matches.get(&self.subscription.want);
+        for step in &self.subscription.steps {
+            let Kind::Batch { cursor, open: false, .. } = step.kind else { continue };
+            let Some((xid, rest)) = self.inside(cursor) else { continue };
+            let mut rest = rest.take_while(|row| row.xid == xid);
+            let due = rest.find(|row| row.seq > step.last && matches.is_some_and(|matches| within(matches, row.seq)));
+            if let Some(due) = due {
                 let text = format!(
-                    "{}: a batch ended with seq {} as if it were whole, seq {} is of the same transaction",
+                    "{}: a batch ended with {cursor} as if it were whole, seq {} is of the same transaction",
                     self.name(),
-                    a.seq,
-                    b.seq
+                    due.seq
                 );
-                findings.violation("atomic", pair[1].at, text);
+                findings.violation("atomic", step.at, text);
             }
         }
+    }
+
+    /// What is no batch's end stands between transactions: neither inside one of the log, nor where a batch has just said
+    /// that it ends inside one. (Of a lost tail only the batch can say so.)
+    fn between(&self, findings: &mut Findings) {
+        let mut open = None;
+        for step in &self.subscription.steps {
+            match step.kind {
+                Kind::Batch { cursor, open: inside, .. } => open = inside.then_some(cursor),
+                Kind::Position(cursor) if open == Some(cursor) || self.inside(cursor).is_some() => {
+                    let text = format!("{} was told {cursor}, which is inside a transaction", self.name());
+                    findings.violation("atomic", step.at, text);
+                }
+                Kind::Position(_) | Kind::Lost | Kind::Resumed => {}
+            }
+        }
+    }
+
+    /// The transaction that the position stands inside, and the rows of the log after it; nothing where it stands between
+    /// two, or in a lost tail, of which nobody knows any more what was to follow.
+    fn inside(&self, cursor: Cursor) -> Option<(u64, impl Iterator<Item = &'a LogRow> + use<'a>)> {
+        if self.gathered.diverged(cursor) {
+            return None;
+        }
+        let row = self.row(cursor.seq).filter(|row| !row.tx_end)?;
+        let place = usize::try_from(cursor.seq - self.gathered.log.first()?.seq).ok()?;
+        let rest = self.gathered.log.get(place + 1..)?;
+        (rest.first()?.xid == row.xid).then(|| (row.xid, rest.iter()))
     }
 
     /// Who is told to start over was in a lost tail.
@@ -217,4 +245,10 @@ impl<'a> Rules<'a> {
             findings.violation("honest", *at, text);
         }
     }
+}
+
+/// Whether ascending runs hold the number.
+fn within(runs: &[(u64, u64)], seq: u64) -> bool {
+    let after = runs.partition_point(|(first, _)| *first <= seq);
+    after.checked_sub(1).is_some_and(|n| seq <= runs[n].1)
 }

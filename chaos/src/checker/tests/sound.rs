@@ -58,6 +58,21 @@ fn a_large_transaction_in_open_batches() {
 }
 
 #[test]
+fn a_process_that_begins_again_inside_an_open_transaction() {
+    let mut history = History::new();
+    history.transaction(1, &[insert(1, "a"), insert(2, "b"), insert(3, "c")]);
+    history.subscribe(1, None, at(1, 0));
+    history.deliver_of(1, 1, 0, &[1], true);
+    history.stop(1, at(1, 1));
+    history.subscribe(2, Some(at(1, 1)), at(1, 1));
+    history.deliver(2, &[2, 3]);
+    history.say(Record::CaughtUp { s: 2, cursor: at(1, 3) });
+    history.stop(2, at(1, 3));
+    history.matched(&[(1, 3)]);
+    history.passes();
+}
+
+#[test]
 fn a_filter_leaves_gaps_where_postgres_does() {
     let mut history = History::small();
     history.lines.retain(|record| !matches!(record, Record::Deliver { .. }));
