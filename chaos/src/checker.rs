@@ -100,8 +100,8 @@ pub fn check<E>(lines: impl Iterator<Item = Result<Line, E>>) -> Result<Verdict,
     }
     let mut findings = Findings { faults: gathered.windows(), ..Findings::default() };
     let mut counts = std::mem::take(&mut gathered.counts);
-    log::check(&gathered, &mut counts, &mut findings);
-    subscriptions::check(&gathered, &mut counts, &mut findings);
+    let sent = log::check(&gathered, &mut counts, &mut findings);
+    subscriptions::check(&gathered, &sent, &mut counts, &mut findings);
     conduct::check(&gathered, &mut counts, &mut findings);
     counts.violations = findings.counted.iter().map(|(rule, n)| ((*rule).to_owned(), *n as u64)).collect();
     Ok(Verdict { violations: findings.violations, late: findings.late, counts, vacuous: findings.vacuous })

@@ -21,7 +21,10 @@ struct Found {
     ended: bool,
 }
 
-pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+/// When the COMMIT of each event's transaction was sent, by the event's fingerprint.
+pub(super) type Sent = HashMap<u64, Micros>;
+
+pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) -> Sent {
     counts.log_rows = gathered.log.len() as u64;
     counts.lost_rows = gathered.lost.len() as u64;
     dense(gathered, findings);
@@ -31,6 +34,9 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     settled(gathered, &found, &lost, counts, findings);
     chains(gathered, findings);
     tables(gathered, findings);
+    let rows = gathered.log.iter().chain(&gathered.lost);
+    let sent = |row: &LogRow| Some((row.fingerprint, gathered.transactions[&written.of(row)?.0].commit.as_ref()?.0));
+    rows.filter_map(sent).collect()
 }
 
 /// Values, in their transactions, to the changes that wrote them. Neither says it alone: a failover that loses a tail gives

@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use tidewire::client::Cursor;
 
 use super::gather::{Gathered, Kind, Subscription};
+use super::log::Sent;
 use super::{Counts, Findings};
 use crate::history::{LogRow, Micros};
 
 /// Who ends this long before the history does ended with the run, after the drain.
 const ENDED_IN_TIME: Micros = 5_000_000;
 
-pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+pub(super) fn check(gathered: &Gathered, sent: &Sent, counts: &mut Counts, findings: &mut Findings) {
     counts.conditions = gathered.matches.len() as u64;
     let mut lost: HashMap<u64, Vec<&LogRow>> = HashMap::new();
     for row in &gathered.lost {
@@ -20,6 +21,7 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     for subscription in gathered.subscriptions.values() {
         let rules = Rules { gathered, subscription, lost: &lost };
         rules.known(findings);
+        rules.committed(sent, findings);
         rules.ordered(findings);
         rules.positions(findings);
         rules.complete(findings);
@@ -65,6 +67,22 @@ impl<'a> Rules<'a> {
             };
             let text = format!("{} saw seq {} (epoch {}): {why}", self.name(), event.seq, event.epoch);
             findings.violation(rule, event.at, text);
+        }
+    }
+
+    /// Nobody sees an event before the COMMIT of its transaction was sent. (Commits and deliveries are stamped by one
+    /// clock, under one lock, a commit before it is sent and a delivery when it is there.)
+    fn committed(&self, sent: &Sent, findings: &mut Findings) {
+        for event in &self.subscription.events {
+            if let Some(sent) = sent.get(&event.fingerprint).filter(|sent| event.at < **sent) {
+                let text = format!(
+                    "{} saw seq {} before it was committed: COMMIT was sent {:.3} s later",
+                    self.name(),
+                    event.seq,
+                    (sent - event.at) as f64 / 1e6
+                );
+                findings.violation("durable", event.at, text);
+            }
         }
     }
 

@@ -214,6 +214,19 @@ fn an_event_that_no_log_has() {
 }
 
 #[test]
+fn an_event_that_is_delivered_before_its_commit_was_sent() {
+    let mut history = History::small();
+    history.lines.pop();
+    history.say(Record::Begin { w: 0, n: 5 });
+    history.deliver(1, &[5]);
+    history.say(Record::Commit { w: 0, n: 5, xid: 5, ops: vec![insert(3, "d")] });
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.relay(5, &[insert(3, "d")]);
+    history.matched(&[(1, 5)]);
+    history.breaks("durable");
+}
+
+#[test]
 fn an_event_that_the_filter_does_not_let_through() {
     let mut history = History::small();
     history.matched(&[(1, 2), (4, 4)]);

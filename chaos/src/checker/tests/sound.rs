@@ -25,6 +25,18 @@ fn a_commit_without_an_answer_that_did_not_happen() {
 }
 
 #[test]
+fn an_event_that_is_delivered_before_its_commit_was_answered() {
+    let mut history = History::small();
+    history.lines.pop();
+    history.written(5, &[insert(3, "d")]);
+    history.deliver(1, &[5]);
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.relay(5, &[insert(3, "d")]);
+    history.matched(&[(1, 5)]);
+    history.passes();
+}
+
+#[test]
 fn a_process_that_begins_again_from_an_older_cursor_sees_events_again() {
     let mut history = History::small();
     history.subscribe(2, Some(at(1, 1)), at(1, 1));
