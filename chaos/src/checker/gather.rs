@@ -46,6 +46,25 @@ pub(super) struct Seen {
     pub(super) fingerprint: u64,
     /// Of the batch's cursor.
     pub(super) epoch: u32,
+    pub(super) mark: Mark,
+}
+
+/// How an event is said to move its row over the filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    None,
+    Enter,
+    Leave,
+    /// It cannot be told; or a word that no document knows.
+    Unknown,
+}
+
+/// What Postgres says of a condition: runs of seqs, ascending.
+#[derive(Debug)]
+pub(super) struct Matches {
+    pub(super) seqs: Vec<(u64, u64)>,
+    pub(super) enter: Vec<(u64, u64)>,
+    pub(super) leave: Vec<(u64, u64)>,
 }
 
 /// A change of the position, or of the connection.
@@ -100,7 +119,7 @@ pub(super) struct Gathered {
     /// (epoch, the highest seq before it).
     pub(super) epochs: Vec<(u32, u64)>,
     pub(super) rows: BTreeMap<(String, i64), String>,
-    pub(super) matches: HashMap<Want, Vec<(u64, u64)>>,
+    pub(super) matches: HashMap<Want, Matches>,
     pub(super) outbox: Option<u64>,
     pub(super) losses: Vec<Loss>,
     /// Of clients that were turned away before they could subscribe.
@@ -124,7 +143,9 @@ impl Gathered {
             }
             Record::Epoch { epoch, start_seq, .. } => self.epochs.push((epoch, start_seq)),
             Record::Row { table, key, val } => drop(self.rows.insert((table, key), val)),
-            Record::Matches { want, seqs } => drop(self.matches.insert(want, seqs)),
+            Record::Matches { want, seqs, enter, leave } => {
+                self.matches.insert(want, Matches { seqs, enter, leave });
+            }
             Record::Outbox { rows } => self.outbox = Some(rows),
             Record::FaultOn(on) => {
                 *self.counts.faults.entry(on.class.clone()).or_default() += 1;
@@ -242,6 +263,38 @@ impl Gathered {
     }
 }
 
+impl Mark {
+    fn said(transition: Option<&str>) -> Self {
+        match transition {
+            None => Self::None,
+            Some("enter") => Self::Enter,
+            Some("leave") => Self::Leave,
+            Some(_) => Self::Unknown,
+        }
+    }
+}
+
+impl Matches {
+    pub(super) fn has(&self, seq: u64) -> bool {
+        within(&self.seqs, seq)
+    }
+
+    /// The mark that the event must carry.
+    pub(super) fn mark(&self, seq: u64) -> Mark {
+        match (within(&self.enter, seq), within(&self.leave, seq)) {
+            (true, _) => Mark::Enter,
+            (_, true) => Mark::Leave,
+            _ => Mark::None,
+        }
+    }
+}
+
+/// Whether ascending runs hold the number.
+fn within(runs: &[(u64, u64)], seq: u64) -> bool {
+    let after = runs.partition_point(|(first, _)| *first <= seq);
+    after.checked_sub(1).is_some_and(|n| seq <= runs[n].1)
+}
+
 impl Subscription {
     fn take(&mut self, at: Micros, record: Record) {
         let kind = match record {
@@ -256,6 +309,7 @@ impl Subscription {
                     seq: event.0,
                     fingerprint: event.1,
                     epoch: cursor.epoch,
+                    mark: Mark::said(event.2.as_deref()),
                 }));
                 Kind::Batch { first, cursor, open }
             }

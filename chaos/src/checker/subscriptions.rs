@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tidewire::client::Cursor;
 
-use super::gather::{Gathered, Kind, Subscription};
+use super::gather::{Gathered, Kind, Mark, Seen, Subscription};
 use super::log::Sent;
 use super::{Counts, Findings};
 use crate::history::{LogRow, Micros};
@@ -172,7 +172,7 @@ impl<'a> Rules<'a> {
             later.map(|(_, start)| *start).min().unwrap_or(u64::MAX)
         };
         let (from, to) = (first.seq.min(fork(first)), last.seq.min(fork(last)));
-        let mut due = matches.iter().flat_map(|(low, high)| (*low).max(from + 1)..=(*high).min(to)).peekable();
+        let mut due = matches.seqs.iter().flat_map(|(low, high)| (*low).max(from + 1)..=(*high).min(to)).peekable();
         for event in self.subscription.events.iter().filter(|event| event.seq > from && event.seq <= to) {
             if self.gathered.epoch_of(event.seq) > event.epoch {
                 continue;
@@ -180,7 +180,9 @@ impl<'a> Rules<'a> {
             while let Some(missed) = due.next_if(|seq| *seq < event.seq) {
                 self.missed(missed, event.at, findings);
             }
-            if due.next_if_eq(&event.seq).is_none() && self.row(event.seq).is_some() {
+            if due.next_if_eq(&event.seq).is_some() {
+                self.marked(event, matches.mark(event.seq), findings);
+            } else if self.row(event.seq).is_some() {
                 let text = format!(
                     "{} saw seq {}, which {:?} does not let through",
                     self.name(),
@@ -192,6 +194,21 @@ impl<'a> Rules<'a> {
         }
         for missed in due {
             self.missed(missed, at, findings);
+        }
+    }
+
+    /// An UPDATE that moves a row over the condition says so, and nothing else does: who keeps a picture of the rows drops
+    /// one by it.
+    fn marked(&self, event: &Seen, due: Mark, findings: &mut Findings) {
+        if event.mark != due {
+            let text = format!(
+                "{} saw seq {} marked as {:?}; by Postgres it is {due:?} for {:?}",
+                self.name(),
+                event.seq,
+                event.mark,
+                self.subscription.want
+            );
+            findings.violation("transition", event.at, text);
         }
     }
 
@@ -215,7 +232,7 @@ impl<'a> Rules<'a> {
             let Kind::Batch { cursor, open: false, .. } = step.kind else { continue };
             let Some((xid, rest)) = self.inside(cursor) else { continue };
             let mut rest = rest.take_while(|row| row.xid == xid);
-            let due = rest.find(|row| row.seq > step.last && matches.is_some_and(|matches| within(matches, row.seq)));
+            let due = rest.find(|row| row.seq > step.last && matches.is_some_and(|matches| matches.has(row.seq)));
             if let Some(due) = due {
                 let text = format!(
                     "{}: a batch ended with {cursor} as if it were whole, seq {} is of the same transaction",
@@ -263,10 +280,4 @@ impl<'a> Rules<'a> {
             findings.violation("honest", *at, text);
         }
     }
-}
-
-/// Whether ascending runs hold the number.
-fn within(runs: &[(u64, u64)], seq: u64) -> bool {
-    let after = runs.partition_point(|(first, _)| *first <= seq);
-    after.checked_sub(1).is_some_and(|n| seq <= runs[n].1)
 }

@@ -26,6 +26,8 @@ struct History {
     epochs: Vec<(u32, u64)>,
     terms: Vec<(u64, u32, i64)>,
     matches: Vec<(Want, Vec<(u64, u64)>)>,
+    /// Of every condition: what enters, and what leaves.
+    moved: (Vec<(u64, u64)>, Vec<(u64, u64)>),
 }
 
 fn everything() -> Want {
@@ -180,7 +182,12 @@ impl History {
         let epochs = self.epochs.into_iter();
         lines.extend(epochs.map(|(epoch, start_seq)| Record::Epoch { epoch, start_seq, reason: String::new() }));
         lines.extend(self.rows.into_iter().map(|(key, val)| Record::Row { table: TABLE.into(), key, val }));
-        lines.extend(self.matches.into_iter().map(|(want, seqs)| Record::Matches { want, seqs }));
+        let (enter, leave) = self.moved;
+        let matches = self.matches.into_iter();
+        lines.extend(matches.map(|(want, seqs)| {
+            let (enter, leave) = (enter.clone(), leave.clone());
+            Record::Matches { want, seqs, enter, leave }
+        }));
         lines.push(Record::Outbox { rows: 0 });
         lines.push(Record::Done { lines: 0 });
         let stamped =

@@ -234,6 +234,28 @@ fn an_event_that_the_filter_does_not_let_through() {
 }
 
 #[test]
+fn a_row_that_leaves_or_enters_and_nobody_says_so() {
+    for moved in [(vec![(3, 3)], Vec::new()), (Vec::new(), vec![(3, 3)])] {
+        let mut history = History::small();
+        history.moved = moved;
+        history.breaks("transition");
+    }
+}
+
+#[test]
+fn a_row_that_is_said_to_move_and_does_not_or_the_other_way() {
+    for said in ["enter", "leave", "unknown"] {
+        let mut history = History::small();
+        nth_delivery(&mut history, 1)[1].2 = Some(said.into());
+        history.clone().breaks("transition");
+        // Enter for leave, leave for enter.
+        let run = vec![(3, 3)];
+        history.moved = if said == "enter" { (Vec::new(), run) } else { (run, Vec::new()) };
+        history.breaks("transition");
+    }
+}
+
+#[test]
 fn a_batch_that_ends_inside_a_transaction_as_if_it_were_whole() {
     let mut history = History::small();
     let whole = nth_delivery(&mut history, 1);

@@ -95,6 +95,23 @@ fn a_filter_leaves_gaps_where_postgres_does() {
 }
 
 #[test]
+fn rows_that_enter_and_leave_as_postgres_says() {
+    for said in ["enter", "leave"] {
+        let mut history = History::small();
+        for record in &mut history.lines {
+            if let Record::Deliver { e, .. } = record
+                && e[0].0 == 2
+            {
+                e[1].2 = Some(said.into());
+            }
+        }
+        let run = vec![(3, 3)];
+        history.moved = if said == "enter" { (run, Vec::new()) } else { (Vec::new(), run) };
+        history.passes();
+    }
+}
+
+#[test]
 fn a_connection_that_is_lost_and_resumes() {
     let mut history = History::small();
     history.say(Record::Disconnected { s: 1, code: Some(1012), status: None, cause: "drain".into() });
