@@ -113,6 +113,8 @@ pub(super) struct Gathered {
     pub(super) done: BTreeMap<u32, (Micros, FaultDone)>,
     /// The log as it is in the end.
     pub(super) log: Vec<LogRow>,
+    /// When it was read.
+    pub(super) log_read: Option<Micros>,
     /// What lossy failovers lost.
     pub(super) lost: Vec<LogRow>,
     pub(super) terms: Vec<(u64, u32, String, i64, Option<i64>)>,
@@ -136,7 +138,10 @@ impl Gathered {
             | Record::Ok { .. }
             | Record::Fail { .. }
             | Record::Unknown { .. } => self.writer(t, record),
-            Record::Log(row) if row.branch == 0 => self.log.push(row),
+            Record::Log(row) if row.branch == 0 => {
+                self.log_read.get_or_insert(t);
+                self.log.push(row);
+            }
             Record::Log(row) => self.lost.push(row),
             Record::Term { term, epoch, node, acquired, released } => {
                 self.terms.push((term, epoch, node, acquired, released));

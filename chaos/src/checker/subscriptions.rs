@@ -1,5 +1,7 @@
 //! What each subscription saw against the log: all of it, once, in order, whole, and no lie about a position.
 
+mod cursors;
+
 use std::collections::HashMap;
 
 use tidewire::client::Cursor;
@@ -24,6 +26,7 @@ pub(super) fn check(gathered: &Gathered, sent: &Sent, counts: &mut Counts, findi
         rules.committed(sent, findings);
         rules.ordered(findings);
         rules.positions(findings);
+        rules.genuine(findings);
         rules.complete(findings);
         rules.atomic(findings);
         rules.between(findings);

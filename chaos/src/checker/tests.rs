@@ -2,6 +2,7 @@
 //! must pass.
 
 mod broken;
+mod positions;
 mod random;
 mod sound;
 
@@ -34,8 +35,22 @@ fn everything() -> Want {
     Want { tables: vec!["*".into()], filter: None, ops: None }
 }
 
+/// The cursor of an event of the log.
 fn at(epoch: u32, seq: u64) -> Cursor {
-    Cursor { epoch, seq, check: seq as u32 }
+    cursor(epoch, 0, seq)
+}
+
+/// The cursor of an event of the lost tail.
+fn lost_at(seq: u64) -> Cursor {
+    cursor(1, 1, seq)
+}
+
+fn cursor(epoch: u32, branch: u32, seq: u64) -> Cursor {
+    if seq == 0 { Cursor::origin(epoch) } else { Cursor::at(epoch, seq, event_id(branch, seq)) }
+}
+
+fn event_id(branch: u32, seq: u64) -> Uuid {
+    Uuid::from_u128(u128::from(print(branch, seq)))
 }
 
 /// What an event of the log is recognised by; a lost tail has others.
@@ -128,7 +143,7 @@ impl History {
     fn deliver_of(&mut self, s: u32, epoch: u32, branch: u32, seqs: &[u64], open: bool) {
         let e = seqs.iter().map(|seq| Delivered(*seq, print(branch, *seq), None)).collect();
         let last = seqs.last().copied().unwrap_or(0);
-        self.say(Record::Deliver { s, e, cursor: at(epoch, last), open });
+        self.say(Record::Deliver { s, e, cursor: cursor(epoch, branch, last), open });
     }
 
     fn stop(&mut self, s: u32, position: Cursor) {
@@ -218,7 +233,7 @@ fn row(branch: u32, seq: u64, xid: u64, tx_end: bool, write: &Write) -> LogRow {
         seq,
         xid,
         tx_end,
-        event_id: Uuid::from_u128(u128::from(print(branch, seq))),
+        event_id: event_id(branch, seq),
         table: write.table.clone(),
         op: write.op.clone(),
         key: Some(write.key),

@@ -142,7 +142,7 @@ fn lost_tail() -> History {
 fn a_client_in_a_lost_tail_that_is_told() {
     let mut history = lost_tail();
     history.deliver_of(1, 1, 1, &[3, 4], false);
-    let position = at(1, 4);
+    let position = lost_at(4);
     history.healed();
     history.say(Record::Resync { s: 1, reason: "history_diverged".into(), position, message: String::new() });
     history.transaction(4, &[insert(5, "new")]);
@@ -156,6 +156,17 @@ fn a_client_that_stood_before_the_lost_tail_goes_on() {
     history.transaction(4, &[insert(5, "new")]);
     history.deliver_of(1, 2, 0, &[3], false);
     history.stop(1, at(2, 3));
+    history.passes();
+}
+
+#[test]
+fn a_position_of_what_came_after_the_log_was_read() {
+    let mut history = History::small();
+    history.lines.pop();
+    // The lines of the log come before those of clients that are still there.
+    history.lines.extend(std::mem::take(&mut history.log).into_iter().map(Record::Log));
+    history.say(Record::Progress { s: 1, cursor: at(1, 5) });
+    history.stop(1, at(1, 5));
     history.passes();
 }
 
