@@ -2,6 +2,7 @@
 //! must pass.
 
 mod broken;
+mod conduct;
 mod positions;
 mod random;
 mod sound;
@@ -29,6 +30,7 @@ struct History {
     matches: Vec<(Want, Vec<(u64, u64)>)>,
     /// Of every condition: what enters, and what leaves.
     moved: (Vec<(u64, u64)>, Vec<(u64, u64)>),
+    plan: serde_json::Value,
 }
 
 fn everything() -> Want {
@@ -146,6 +148,11 @@ impl History {
         self.say(Record::Deliver { s, e, cursor: cursor(epoch, branch, last), open });
     }
 
+    /// A minute passes in which nothing is said.
+    fn minute(&mut self) {
+        self.lines.extend(std::iter::repeat_n(Record::Outbox { rows: 0 }, 60_000));
+    }
+
     fn stop(&mut self, s: u32, position: Cursor) {
         self.say(Record::Stop { s, position });
     }
@@ -176,14 +183,7 @@ impl History {
     }
 
     fn check(self) -> Verdict {
-        let run = Run {
-            version: VERSION,
-            seed: 1,
-            server: String::new(),
-            mutant: None,
-            wall: 0,
-            plan: serde_json::Value::Null,
-        };
+        let run = Run { version: VERSION, seed: 1, server: String::new(), mutant: None, wall: 0, plan: self.plan };
         let mut lines = vec![Record::Run(run)];
         lines.extend(self.lines);
         lines.extend(self.log.into_iter().map(Record::Log));
@@ -218,6 +218,23 @@ impl History {
         let rules: Vec<&str> = verdict.violations.iter().map(|violation| violation.rule).collect();
         assert!(!rules.is_empty(), "nobody noticed; {rule} should have");
         assert!(rules.iter().all(|broken| *broken == rule), "{rule} was expected: {:#?}", verdict.violations);
+    }
+
+    /// No promise of safety is broken, and this is late, once.
+    #[track_caller]
+    fn is_late(self, rule: &str) {
+        let verdict = self.check();
+        assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
+        let rules: Vec<&str> = verdict.late.iter().map(|late| late.rule).collect();
+        assert_eq!(rules, [rule], "{:#?}", verdict.late);
+    }
+
+    /// Nothing is broken, nothing is late.
+    #[track_caller]
+    fn is_in_time(self) {
+        let verdict = self.check();
+        assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
+        assert!(verdict.late.is_empty(), "{:#?}", verdict.late);
     }
 
     #[track_caller]
