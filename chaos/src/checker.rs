@@ -70,7 +70,7 @@ pub struct Counts {
     pub epochs: u64,
     /// Conditions that Postgres itself evaluated over the log.
     pub conditions: u64,
-    /// Faults by class.
+    /// Faults by class; one that has no end is not counted.
     pub faults: BTreeMap<String, u64>,
     /// Violations by rule, those that are not kept included.
     pub violations: BTreeMap<String, u64>,

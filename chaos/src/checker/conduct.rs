@@ -202,6 +202,11 @@ fn vacuous(gathered: &Gathered, counts: &Counts, findings: &mut Findings) {
     );
     let unmatched = gathered.subscriptions.values().filter(|s| !gathered.matches.contains_key(&s.want)).count();
     weak(unmatched > 0, format!("of {unmatched} subscriptions nobody asked Postgres what they should see"));
+    for (f, (at, on)) in &gathered.on {
+        let seconds = *at as f64 / 1e6;
+        let text = format!("fault {f} ({}) began at {seconds:.3} s and has no end: the run was cut short", on.class);
+        weak(!gathered.done.contains_key(f), text);
+    }
     for class in counts.faults.keys() {
         let took = gathered.done.values().any(|(_, done)| done.class == *class && done.took);
         weak(!took, format!("{class} never took effect"));

@@ -153,12 +153,13 @@ impl Gathered {
                 self.matches.insert(want, Matches { seqs, enter, leave });
             }
             Record::Outbox { rows } => self.outbox = Some(rows),
-            Record::FaultOn(on) => {
-                *self.counts.faults.entry(on.class.clone()).or_default() += 1;
-                self.on.insert(on.f, (t, on));
-            }
+            Record::FaultOn(on) => drop(self.on.insert(on.f, (t, on))),
             Record::FaultOff { f } => drop(self.off.insert(f, t)),
-            Record::FaultDone(done) => drop(self.done.insert(done.f, (t, done))),
+            // Counted when it is known how it went.
+            Record::FaultDone(done) => {
+                *self.counts.faults.entry(done.class.clone()).or_default() += 1;
+                self.done.insert(done.f, (t, done));
+            }
             Record::FaultSkipped { .. } => {}
             Record::Run(run) => self.planned = Some(run.plan),
             Record::Done { .. } => self.end = t,

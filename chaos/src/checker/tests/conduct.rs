@@ -97,3 +97,20 @@ fn a_client_that_never_gets_as_far_as_a_subscription() {
     history.plan = serde_json::json!({ "workload": { "clients": 1 } });
     ended(history, 1, at(1, 4)).is_in_time();
 }
+
+#[test]
+fn a_fault_without_an_end_is_not_counted_and_the_run_says_so() {
+    let mut history = History::small();
+    history.lossy(4);
+    let whole = {
+        let mut history = history.clone();
+        history.healed();
+        history.check()
+    };
+    assert_eq!(whole.counts.faults.get("F11"), Some(&1));
+    assert!(whole.vacuous.iter().all(|why| !why.contains("cut short")), "{whole:?}");
+    history.say(Record::FaultOff { f: 7 });
+    let verdict = history.check();
+    assert!(verdict.counts.faults.is_empty(), "{verdict:?}");
+    assert!(verdict.vacuous.iter().any(|why| why.contains("F11") && why.contains("cut short")), "{verdict:?}");
+}
