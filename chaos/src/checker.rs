@@ -19,11 +19,10 @@ use crate::history::{Line, Micros};
 /// Violations of one rule that are kept; all are counted.
 const KEPT: usize = 20;
 
-/// Close codes that a server of the protocol may use (docs/PROTOCOL.md), and WebSocket's own for a connection that
-/// ended without one.
-pub const CLOSE_CODES: [u16; 26] = [
-    1000, 1001, 1002, 1003, 1005, 1006, 1007, 1009, 1011, 1012, 1013, 4004, 4008, 4010, 4012, 4013, 4014, 4400, 4401,
-    4403, 4406, 4408, 4429, 4440, 4441, 1015,
+/// Close codes that a server of the protocol may use (docs/PROTOCOL.md).
+pub const CLOSE_CODES: [u16; 23] = [
+    1000, 1001, 1002, 1003, 1007, 1009, 1011, 1012, 1013, 4004, 4008, 4010, 4012, 4013, 4014, 4400, 4401, 4403, 4406,
+    4408, 4429, 4440, 4441,
 ];
 
 /// A broken promise.

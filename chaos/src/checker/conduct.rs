@@ -10,8 +10,11 @@ use crate::history::{Micros, Want};
 const CAUGHT_UP: Micros = 30_000_000;
 /// Progress is promised every 5 s; twice that is late on any machine.
 const PROGRESS: Micros = 10_000_000;
-/// Answers of a balancer and of a server that cannot serve now.
-const STATUSES: [u16; 5] = [429, 500, 502, 503, 504];
+/// Answers to an upgrade after which a client tries again: of a server that cannot serve now (docs/PROTOCOL.md), and of a
+/// balancer that reaches none. The others that the protocol names end a client, and are found as `refused`.
+const STATUSES: [u16; 4] = [429, 502, 503, 504];
+/// What the client says in the place of a close frame that never came, with its words for it. No server may send it.
+const CONNECTION_LOST: (u16, &str) = (1006, "without a goodbye");
 /// From the heal to every client having come back: it waits up to 30 s between two attempts, and an attempt takes up to
 /// 10 s.
 const BACK: Micros = 45_000_000;
@@ -52,9 +55,10 @@ fn leaders(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
 
 fn codes(gathered: &Gathered, findings: &mut Findings) {
     for loss in &gathered.losses {
-        let known = loss.code.is_none_or(|code| CLOSE_CODES.contains(&code))
-            && loss.status.is_none_or(|status| STATUSES.contains(&status));
         let (s, cause) = (loss.s, &loss.cause);
+        let lost = |code| code == CONNECTION_LOST.0 && cause.contains(CONNECTION_LOST.1);
+        let known = loss.code.is_none_or(|code| CLOSE_CODES.contains(&code) || lost(code))
+            && loss.status.is_none_or(|status| STATUSES.contains(&status));
         if !known {
             let text = format!("subscription {s} was disconnected in a way that no document knows: {cause}");
             findings.violation("codes", loss.at, text);

@@ -367,9 +367,23 @@ fn terms_that_go_back() {
 
 #[test]
 fn a_close_code_that_no_document_knows() {
-    let mut history = History::small();
-    history.say(Record::Disconnected { s: 1, code: Some(4999), status: None, cause: "?".into() });
-    history.breaks("codes");
+    // 1005, 1006 and 1015 must never be sent (RFC 6455, 7.4.1).
+    for code in [4999, 1005, 1006, 1015] {
+        let mut history = History::small();
+        let cause = format!("closed by the server: {code} so it says");
+        history.say(Record::Disconnected { s: 1, code: Some(code), status: None, cause });
+        history.breaks("codes");
+    }
+}
+
+#[test]
+fn a_status_that_no_document_knows() {
+    for status in [200, 400, 500, 501] {
+        let mut history = History::small();
+        let cause = format!("HTTP {status} instead of a WebSocket");
+        history.say(Record::Disconnected { s: 1, code: None, status: Some(status), cause });
+        history.breaks("codes");
+    }
 }
 
 #[test]

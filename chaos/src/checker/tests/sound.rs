@@ -120,6 +120,22 @@ fn a_connection_that_is_lost_and_resumes() {
     history.passes();
 }
 
+#[test]
+fn every_way_to_lose_a_connection_that_the_protocol_knows() {
+    let mut history = History::small();
+    for code in crate::checker::CLOSE_CODES {
+        history.say(Record::Disconnected { s: 1, code: Some(code), status: None, cause: "closed".into() });
+    }
+    for status in [429, 502, 503, 504] {
+        history.say(Record::Disconnected { s: 1, code: None, status: Some(status), cause: "busy".into() });
+    }
+    // As the client library says it.
+    let (code, reason, message) = (1006, "without a goodbye".to_owned(), String::new());
+    let cause = tidewire::client::Disconnect::Closed { code, reason, message }.to_string();
+    history.say(Record::Disconnected { s: 1, code: Some(code), status: None, cause });
+    history.passes();
+}
+
 /// The old log had seq 3 and 4 of other transactions; a client saw 3 of them.
 fn lost_tail() -> History {
     let mut history = History::new();
