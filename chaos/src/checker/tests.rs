@@ -31,6 +31,7 @@ struct History {
     /// Of every condition: what enters, and what leaves.
     moved: (Vec<(u64, u64)>, Vec<(u64, u64)>),
     plan: serde_json::Value,
+    outbox: u64,
 }
 
 fn everything() -> Want {
@@ -170,8 +171,12 @@ impl History {
     }
 
     fn healed(&mut self) {
-        self.say(Record::FaultOff { f: 7 });
-        self.say(Record::FaultDone(FaultDone {
+        self.healed_with(|_| {});
+    }
+
+    /// Healed, and something of how it went was otherwise.
+    fn healed_with(&mut self, change: impl FnOnce(&mut FaultDone)) {
+        let mut done = FaultDone {
             f: 7,
             class: "F11".into(),
             took: true,
@@ -179,7 +184,10 @@ impl History {
             caught_up: Some(1),
             figures: BTreeMap::new(),
             violations: Vec::new(),
-        }));
+        };
+        change(&mut done);
+        self.say(Record::FaultOff { f: 7 });
+        self.say(Record::FaultDone(done));
     }
 
     fn check(self) -> Verdict {
@@ -203,7 +211,7 @@ impl History {
             let (enter, leave) = (enter.clone(), leave.clone());
             Record::Matches { want, seqs, enter, leave }
         }));
-        lines.push(Record::Outbox { rows: 0 });
+        lines.push(Record::Outbox { rows: self.outbox });
         lines.push(Record::Done { lines: 0 });
         let stamped =
             lines.into_iter().enumerate().map(|(n, record)| Ok::<_, Infallible>(Line(n as u64 * 1_000, record)));
