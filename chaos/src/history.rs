@@ -14,7 +14,7 @@ use tidewire::client::Cursor;
 pub use self::file::{HistoryError, Reader, Recorder};
 
 /// Rises when a reader of an older version would misread a history. A plan of another version is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Microseconds since the run began, on the harness's monotonic clock.
 pub type Micros = u64;
@@ -233,6 +233,12 @@ pub enum Record {
         want: Want,
         /// Ascending; runs of consecutive seqs as (first, last).
         seqs: Vec<(u64, u64)>,
+        /// Of these, the UPDATEs whose row matches after it and did not before, as runs.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        enter: Vec<(u64, u64)>,
+        /// Of these, the UPDATEs whose row matched before it and does not after, as runs.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        leave: Vec<(u64, u64)>,
     },
     /// Rows that were left in the outbox.
     Outbox {

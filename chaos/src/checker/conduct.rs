@@ -1,15 +1,23 @@
 //! Leaders, close codes, what faults saw themselves, what came late, and whether the run proves anything.
 
-use super::gather::{End, Gathered, Kind};
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::gather::{End, Gathered, Kind, Subscription};
 use super::{CLOSE_CODES, Counts, Findings};
-use crate::history::Micros;
+use crate::history::{Micros, Want};
 
 /// From the heal to every client having caught up.
 const CAUGHT_UP: Micros = 30_000_000;
 /// Progress is promised every 5 s; twice that is late on any machine.
 const PROGRESS: Micros = 10_000_000;
-/// Answers of a balancer and of a server that cannot serve now.
-const STATUSES: [u16; 5] = [429, 500, 502, 503, 504];
+/// Answers to an upgrade after which a client tries again: of a server that cannot serve now (docs/PROTOCOL.md), and of a
+/// balancer that reaches none. The others that the protocol names end a client, and are found as `refused`.
+const STATUSES: [u16; 4] = [429, 502, 503, 504];
+/// What the client says in the place of a close frame that never came, with its words for it. No server may send it.
+const CONNECTION_LOST: (u16, &str) = (1006, "without a goodbye");
+/// From the heal to every client having come back: it waits up to 30 s between two attempts, and an attempt takes up to
+/// 10 s.
+const BACK: Micros = 45_000_000;
 /// Fewer prove nothing.
 const DELIVERIES: u64 = 1_000;
 
@@ -18,6 +26,7 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     codes(gathered, findings);
     faults(gathered, findings);
     progress(gathered, findings);
+    absent(gathered, findings);
     vacuous(gathered, counts, findings);
 }
 
@@ -46,9 +55,10 @@ fn leaders(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
 
 fn codes(gathered: &Gathered, findings: &mut Findings) {
     for loss in &gathered.losses {
-        let known = loss.code.is_none_or(|code| CLOSE_CODES.contains(&code))
-            && loss.status.is_none_or(|status| STATUSES.contains(&status));
         let (s, cause) = (loss.s, &loss.cause);
+        let lost = |code| code == CONNECTION_LOST.0 && cause.contains(CONNECTION_LOST.1);
+        let known = loss.code.is_none_or(|code| CLOSE_CODES.contains(&code) || lost(code))
+            && loss.status.is_none_or(|status| STATUSES.contains(&status));
         if !known {
             let text = format!("subscription {s} was disconnected in a way that no document knows: {cause}");
             findings.violation("codes", loss.at, text);
@@ -132,6 +142,55 @@ fn progress(gathered: &Gathered, findings: &mut Findings) {
     }
 }
 
+/// Who was asking, was cut off, or had ended to begin again, and was not back long after the last heal. Only the last
+/// subscription of a client to the same thing says so: an attempt without an answer is made again under another number.
+fn absent(gathered: &Gathered, findings: &mut Findings) {
+    // Clients are ended by plan only after the log has been read.
+    let until = gathered.log_read.unwrap_or(gathered.end);
+    let healed = gathered.windows().iter().map(|(_, off, _)| *off).max().unwrap_or(0);
+    let mut last: BTreeMap<(u32, &Want), &Subscription> = BTreeMap::new();
+    for subscription in gathered.subscriptions.values() {
+        last.insert((subscription.client, &subscription.want), subscription);
+    }
+    for subscription in last.values() {
+        let Some((since, what)) = subscription.waits(until) else { continue };
+        if since.max(healed).saturating_add(BACK) < until {
+            let text = format!(
+                "subscription {} of client {} {what} at {:.3} s, and that was the last of it",
+                subscription.s,
+                subscription.client,
+                since as f64 / 1e6
+            );
+            findings.late("back", until, text);
+        }
+    }
+    let planned = gathered.planned.as_ref().and_then(|plan| plan["workload"]["clients"].as_u64()).unwrap_or(0);
+    let asked: BTreeSet<u32> = gathered.subscriptions.values().map(|subscription| subscription.client).collect();
+    let silent = planned.saturating_sub(asked.len() as u64);
+    // Who was refused is a violation already.
+    if silent > 0 && gathered.refused.is_empty() && healed.saturating_add(BACK) < until {
+        findings.late("back", until, format!("{silent} clients of {planned} never got as far as a subscription"));
+    }
+}
+
+impl Subscription {
+    /// Since when it waits for the server at that time, and for what; nothing for one that stands, or was refused.
+    fn waits(&self, until: Micros) -> Option<(Micros, &'static str)> {
+        if self.refused.is_some() || self.resync.is_some() {
+            return None;
+        }
+        if let Some((at, _)) = self.stopped.filter(|(at, _)| *at < until) {
+            return Some((at, "ended, to begin again"));
+        }
+        if self.first.is_none() {
+            return Some((self.asked_at, "was asked for"));
+        }
+        let before = self.steps.iter().rev().skip_while(|step| step.at >= until);
+        let lost = before.take_while(|step| matches!(step.kind, Kind::Lost)).last()?;
+        Some((lost.at, "was cut off"))
+    }
+}
+
 fn vacuous(gathered: &Gathered, counts: &Counts, findings: &mut Findings) {
     let mut weak = |is: bool, text: String| {
         if is {
@@ -147,6 +206,11 @@ fn vacuous(gathered: &Gathered, counts: &Counts, findings: &mut Findings) {
     );
     let unmatched = gathered.subscriptions.values().filter(|s| !gathered.matches.contains_key(&s.want)).count();
     weak(unmatched > 0, format!("of {unmatched} subscriptions nobody asked Postgres what they should see"));
+    for (f, (at, on)) in &gathered.on {
+        let seconds = *at as f64 / 1e6;
+        let text = format!("fault {f} ({}) began at {seconds:.3} s and has no end: the run was cut short", on.class);
+        weak(!gathered.done.contains_key(f), text);
+    }
     for class in counts.faults.keys() {
         let took = gathered.done.values().any(|(_, done)| done.class == *class && done.took);
         weak(!took, format!("{class} never took effect"));

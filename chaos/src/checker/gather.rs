@@ -30,6 +30,7 @@ pub(super) struct Subscription {
     pub(super) client: u32,
     pub(super) want: Want,
     pub(super) asked: Option<Cursor>,
+    pub(super) asked_at: Micros,
     pub(super) first: Option<(Micros, Cursor)>,
     pub(super) events: Vec<Seen>,
     pub(super) steps: Vec<Step>,
@@ -46,8 +47,25 @@ pub(super) struct Seen {
     pub(super) fingerprint: u64,
     /// Of the batch's cursor.
     pub(super) epoch: u32,
-    /// The last of a batch that did not end inside a transaction.
-    pub(super) closes: bool,
+    pub(super) mark: Mark,
+}
+
+/// How an event is said to move its row over the filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    None,
+    Enter,
+    Leave,
+    /// It cannot be told; or a word that no document knows.
+    Unknown,
+}
+
+/// What Postgres says of a condition: runs of seqs, ascending.
+#[derive(Debug)]
+pub(super) struct Matches {
+    pub(super) seqs: Vec<(u64, u64)>,
+    pub(super) enter: Vec<(u64, u64)>,
+    pub(super) leave: Vec<(u64, u64)>,
 }
 
 /// A change of the position, or of the connection.
@@ -61,8 +79,14 @@ pub(super) struct Step {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// After a batch whose first event has this seq.
-    Batch(u64, Cursor),
+    /// After a batch.
+    Batch {
+        /// The seq of its first event.
+        first: u64,
+        cursor: Cursor,
+        /// It said that it ends inside a transaction.
+        open: bool,
+    },
     /// By a progress or a caught_up.
     Position(Cursor),
     Lost,
@@ -90,13 +114,15 @@ pub(super) struct Gathered {
     pub(super) done: BTreeMap<u32, (Micros, FaultDone)>,
     /// The log as it is in the end.
     pub(super) log: Vec<LogRow>,
+    /// When it was read.
+    pub(super) log_read: Option<Micros>,
     /// What lossy failovers lost.
     pub(super) lost: Vec<LogRow>,
     pub(super) terms: Vec<(u64, u32, String, i64, Option<i64>)>,
     /// (epoch, the highest seq before it).
     pub(super) epochs: Vec<(u32, u64)>,
     pub(super) rows: BTreeMap<(String, i64), String>,
-    pub(super) matches: HashMap<Want, Vec<(u64, u64)>>,
+    pub(super) matches: HashMap<Want, Matches>,
     pub(super) outbox: Option<u64>,
     pub(super) losses: Vec<Loss>,
     /// Of clients that were turned away before they could subscribe.
@@ -113,21 +139,27 @@ impl Gathered {
             | Record::Ok { .. }
             | Record::Fail { .. }
             | Record::Unknown { .. } => self.writer(t, record),
-            Record::Log(row) if row.branch == 0 => self.log.push(row),
+            Record::Log(row) if row.branch == 0 => {
+                self.log_read.get_or_insert(t);
+                self.log.push(row);
+            }
             Record::Log(row) => self.lost.push(row),
             Record::Term { term, epoch, node, acquired, released } => {
                 self.terms.push((term, epoch, node, acquired, released));
             }
             Record::Epoch { epoch, start_seq, .. } => self.epochs.push((epoch, start_seq)),
             Record::Row { table, key, val } => drop(self.rows.insert((table, key), val)),
-            Record::Matches { want, seqs } => drop(self.matches.insert(want, seqs)),
-            Record::Outbox { rows } => self.outbox = Some(rows),
-            Record::FaultOn(on) => {
-                *self.counts.faults.entry(on.class.clone()).or_default() += 1;
-                self.on.insert(on.f, (t, on));
+            Record::Matches { want, seqs, enter, leave } => {
+                self.matches.insert(want, Matches { seqs, enter, leave });
             }
+            Record::Outbox { rows } => self.outbox = Some(rows),
+            Record::FaultOn(on) => drop(self.on.insert(on.f, (t, on))),
             Record::FaultOff { f } => drop(self.off.insert(f, t)),
-            Record::FaultDone(done) => drop(self.done.insert(done.f, (t, done))),
+            // Counted when it is known how it went.
+            Record::FaultDone(done) => {
+                *self.counts.faults.entry(done.class.clone()).or_default() += 1;
+                self.done.insert(done.f, (t, done));
+            }
             Record::FaultSkipped { .. } => {}
             Record::Run(run) => self.planned = Some(run.plan),
             Record::Done { .. } => self.end = t,
@@ -168,6 +200,7 @@ impl Gathered {
                 client,
                 want,
                 asked: from,
+                asked_at: t,
                 first: None,
                 events: Vec::new(),
                 steps: Vec::new(),
@@ -238,6 +271,38 @@ impl Gathered {
     }
 }
 
+impl Mark {
+    fn said(transition: Option<&str>) -> Self {
+        match transition {
+            None => Self::None,
+            Some("enter") => Self::Enter,
+            Some("leave") => Self::Leave,
+            Some(_) => Self::Unknown,
+        }
+    }
+}
+
+impl Matches {
+    pub(super) fn has(&self, seq: u64) -> bool {
+        within(&self.seqs, seq)
+    }
+
+    /// The mark that the event must carry.
+    pub(super) fn mark(&self, seq: u64) -> Mark {
+        match (within(&self.enter, seq), within(&self.leave, seq)) {
+            (true, _) => Mark::Enter,
+            (_, true) => Mark::Leave,
+            _ => Mark::None,
+        }
+    }
+}
+
+/// Whether ascending runs hold the number.
+fn within(runs: &[(u64, u64)], seq: u64) -> bool {
+    let after = runs.partition_point(|(first, _)| *first <= seq);
+    after.checked_sub(1).is_some_and(|n| seq <= runs[n].1)
+}
+
 impl Subscription {
     fn take(&mut self, at: Micros, record: Record) {
         let kind = match record {
@@ -247,15 +312,14 @@ impl Subscription {
             }
             Record::Deliver { e, cursor, open, .. } => {
                 let first = e.first().map_or(cursor.seq, |event| event.0);
-                let last = e.len().saturating_sub(1);
-                self.events.extend(e.iter().enumerate().map(|(n, event)| Seen {
+                self.events.extend(e.iter().map(|event| Seen {
                     at,
                     seq: event.0,
                     fingerprint: event.1,
                     epoch: cursor.epoch,
-                    closes: n == last && !open,
+                    mark: Mark::said(event.2.as_deref()),
                 }));
-                Kind::Batch(first, cursor)
+                Kind::Batch { first, cursor, open }
             }
             Record::Progress { cursor, .. } | Record::CaughtUp { cursor, .. } => Kind::Position(cursor),
             Record::Disconnected { .. } => Kind::Lost,

@@ -12,7 +12,19 @@ const ON_ITS_WAY: Micros = 2_000_000;
 /// A transaction's identity.
 type Id = (u32, u64);
 
-pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+/// What a log has of a transaction.
+#[derive(Debug, Default)]
+struct Found {
+    /// Which of its changes, counted from 0, in the log's order.
+    changes: Vec<usize>,
+    /// The last row is marked as its end.
+    ended: bool,
+}
+
+/// When the COMMIT of each event's transaction was sent, by the event's fingerprint.
+pub(super) type Sent = HashMap<u64, Micros>;
+
+pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) -> Sent {
     counts.log_rows = gathered.log.len() as u64;
     counts.lost_rows = gathered.lost.len() as u64;
     dense(gathered, findings);
@@ -22,24 +34,28 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     settled(gathered, &found, &lost, counts, findings);
     chains(gathered, findings);
     tables(gathered, findings);
+    let rows = gathered.log.iter().chain(&gathered.lost);
+    let sent = |row: &LogRow| Some((row.fingerprint, gathered.transactions[&written.of(row)?.0].commit.as_ref()?.0));
+    rows.filter_map(sent).collect()
 }
 
 /// Values, in their transactions, to the changes that wrote them. Neither says it alone: a failover that loses a tail gives
 /// xids a second time, and has a value deleted a second time.
-struct Written<'a>(HashMap<(u64, bool, &'a str), (Id, &'a Write)>);
+struct Written<'a>(HashMap<(u64, bool, &'a str), (Id, usize, &'a Write)>);
 
 impl<'a> Written<'a> {
     fn index(gathered: &'a Gathered) -> Self {
         let all = gathered.transactions.iter().filter_map(|(id, t)| Some((*id, t.xid, &t.commit.as_ref()?.1)));
         Self(
             all.flat_map(|(id, xid, ops)| {
-                ops.iter().map(move |write| ((xid, write.op == "DELETE", write.val.as_str()), (id, write)))
+                let numbered = ops.iter().enumerate();
+                numbered.map(move |(n, write)| ((xid, write.op == "DELETE", write.val.as_str()), (id, n, write)))
             })
             .collect(),
         )
     }
 
-    fn of(&self, row: &LogRow) -> Option<(Id, &'a Write)> {
+    fn of(&self, row: &LogRow) -> Option<(Id, usize, &'a Write)> {
         self.0.get(&(row.xid, row.op == "DELETE", row.val.as_deref()?)).copied()
     }
 }
@@ -68,11 +84,11 @@ fn dense(gathered: &Gathered, findings: &mut Findings) {
 }
 
 /// Walks the log run by run of one transaction: each must be whole, consecutive, and somebody's who committed it.
-fn runs(gathered: &Gathered, written: &Written<'_>, rows: &[LogRow], findings: &mut Findings) -> HashMap<Id, usize> {
-    let mut seen: HashMap<Id, usize> = HashMap::new();
+fn runs(gathered: &Gathered, written: &Written<'_>, rows: &[LogRow], findings: &mut Findings) -> HashMap<Id, Found> {
+    let mut seen: HashMap<Id, Found> = HashMap::new();
     let mut previous: Option<(&LogRow, Id)> = None;
     for row in rows.iter().filter(|row| !is_news(row)) {
-        let Some((id, write)) = written.of(row) else {
+        let Some((id, n, write)) = written.of(row) else {
             let text = format!(
                 "seq {} of the log ({} {} {:?}, value {:?}) was never committed by anybody",
                 row.seq, row.op, row.table, row.key, row.val
@@ -99,12 +115,13 @@ fn runs(gathered: &Gathered, written: &Written<'_>, rows: &[LogRow], findings: &
             };
             findings.violation("atomic", time(row), text);
         }
-        let count = seen.entry(id).or_default();
-        if *count > 0 && !same {
+        let found = seen.entry(id).or_default();
+        if !found.changes.is_empty() && !same {
             let text = format!("seq {}: transaction {id:?} goes on here, others lie between its events", row.seq);
             findings.violation("atomic", time(row), text);
         }
-        *count += 1;
+        found.changes.push(n);
+        found.ended = row.tx_end;
         previous = Some((row, id));
     }
     seen
@@ -124,11 +141,11 @@ fn content(row: &LogRow, write: &Write, findings: &mut Findings) {
     }
 }
 
-/// Every acknowledged transaction is there once and whole; an unknown one is, or is not.
+/// Every acknowledged transaction is there once, whole and in the order of its changes; an unknown one is, or is not.
 fn settled(
     gathered: &Gathered,
-    found: &HashMap<Id, usize>,
-    lost: &HashMap<Id, usize>,
+    found: &HashMap<Id, Found>,
+    lost: &HashMap<Id, Found>,
     counts: &mut Counts,
     findings: &mut Findings,
 ) {
@@ -136,25 +153,29 @@ fn settled(
     for (id, transaction) in &gathered.transactions {
         let Some((committed, ops)) = &transaction.commit else { continue };
         let (end_at, end) = transaction.end.unwrap_or((gathered.end, End::Unknown));
-        let here = found.get(id).copied().unwrap_or(0);
-        let there = lost.get(id).copied().unwrap_or(0);
-        if end == End::Unknown && here + there > 0 {
+        let (here, there) = (found.get(id), lost.get(id));
+        if end == End::Unknown && (here.is_some() || there.is_some()) {
             counts.unknown_that_happened += 1;
         }
-        if here == ops.len() {
+        if let Some(here) = here {
+            same_changes(*id, ops, &here.changes, end_at, findings);
             continue;
         }
-        if here > ops.len() {
-            let text = format!("transaction {id:?} has {} changes and stands {here} times in the log", ops.len());
-            findings.violation("repeated", end_at, text);
-        } else if here > 0 {
-            let text = format!("of {} changes of transaction {id:?} the log has {here}", ops.len());
-            findings.violation("lost", end_at, text);
-        } else if there > 0 && there != ops.len() {
-            // A tail may end anywhere but inside a transaction.
-            let text = format!("of {} changes of transaction {id:?} the lost tail has {there}", ops.len());
-            findings.violation("atomic", end_at, text);
-        } else if end == End::Ok {
+        if let Some(there) = there {
+            // A tail may end anywhere, and a transaction that is relayed in parts with it; but what is there is its
+            // beginning, and is not called whole.
+            let begins = there.changes.iter().copied().eq(0..there.changes.len());
+            if !begins || (there.ended && there.changes.len() != ops.len()) {
+                let text = format!(
+                    "of {} changes of transaction {id:?} the lost tail has {}, or has them in another order",
+                    ops.len(),
+                    there.changes.len()
+                );
+                findings.violation("atomic", end_at, text);
+                continue;
+            }
+        }
+        if end == End::Ok {
             let excused = lossy.iter().any(|(from, to)| end_at + ON_ITS_WAY >= *from && *committed <= *to);
             if !excused {
                 let text = format!(
@@ -168,6 +189,33 @@ fn settled(
                 findings.violation("lost", end_at, text);
             }
         }
+    }
+}
+
+/// The log has exactly the changes that the writer made, in the order in which it made them. Their number alone does not
+/// say so: one may stand there twice in the place of another.
+fn same_changes(id: Id, ops: &[Write], changes: &[usize], at: Micros, findings: &mut Findings) {
+    if changes.iter().copied().eq(0..ops.len()) {
+        return;
+    }
+    let distinct: BTreeSet<usize> = changes.iter().copied().collect();
+    if distinct.len() < changes.len() {
+        let text =
+            format!("transaction {id:?} has {} changes and stands {} times in the log", ops.len(), changes.len());
+        findings.violation("repeated", at, text);
+    }
+    if distinct.len() < ops.len() {
+        let missing = (0..ops.len()).find(|n| !distinct.contains(n)).map(|n| &ops[n]);
+        let text = format!(
+            "of {} changes of transaction {id:?} the log has {}; the first that is missing: {missing:?}",
+            ops.len(),
+            distinct.len()
+        );
+        findings.violation("lost", at, text);
+    } else if distinct.len() == changes.len() {
+        let moved = changes.iter().enumerate().find(|(place, n)| *place != **n).map(|(_, n)| &ops[*n]);
+        let text = format!("the log has the changes of transaction {id:?} in another order: {moved:?} comes too soon");
+        findings.violation("order", at, text);
     }
 }
 

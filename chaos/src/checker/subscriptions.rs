@@ -1,17 +1,20 @@
 //! What each subscription saw against the log: all of it, once, in order, whole, and no lie about a position.
 
+mod cursors;
+
 use std::collections::HashMap;
 
 use tidewire::client::Cursor;
 
-use super::gather::{Gathered, Kind, Subscription};
+use super::gather::{Gathered, Kind, Mark, Seen, Subscription};
+use super::log::Sent;
 use super::{Counts, Findings};
 use crate::history::{LogRow, Micros};
 
 /// Who ends this long before the history does ended with the run, after the drain.
 const ENDED_IN_TIME: Micros = 5_000_000;
 
-pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Findings) {
+pub(super) fn check(gathered: &Gathered, sent: &Sent, counts: &mut Counts, findings: &mut Findings) {
     counts.conditions = gathered.matches.len() as u64;
     let mut lost: HashMap<u64, Vec<&LogRow>> = HashMap::new();
     for row in &gathered.lost {
@@ -20,10 +23,13 @@ pub(super) fn check(gathered: &Gathered, counts: &mut Counts, findings: &mut Fin
     for subscription in gathered.subscriptions.values() {
         let rules = Rules { gathered, subscription, lost: &lost };
         rules.known(findings);
+        rules.committed(sent, findings);
         rules.ordered(findings);
         rules.positions(findings);
+        rules.genuine(findings);
         rules.complete(findings);
         rules.atomic(findings);
+        rules.between(findings);
         rules.resync(findings);
     }
 }
@@ -67,6 +73,22 @@ impl<'a> Rules<'a> {
         }
     }
 
+    /// Nobody sees an event before the COMMIT of its transaction was sent. (Commits and deliveries are stamped by one
+    /// clock, under one lock, a commit before it is sent and a delivery when it is there.)
+    fn committed(&self, sent: &Sent, findings: &mut Findings) {
+        for event in &self.subscription.events {
+            if let Some(sent) = sent.get(&event.fingerprint).filter(|sent| event.at < **sent) {
+                let text = format!(
+                    "{} saw seq {} before it was committed: COMMIT was sent {:.3} s later",
+                    self.name(),
+                    event.seq,
+                    (sent - event.at) as f64 / 1e6
+                );
+                findings.violation("durable", event.at, text);
+            }
+        }
+    }
+
     fn ordered(&self, findings: &mut Findings) {
         for pair in self.subscription.events.windows(2) {
             if pair[1].seq <= pair[0].seq {
@@ -89,7 +111,7 @@ impl<'a> Rules<'a> {
         let mut held = first;
         for step in &self.subscription.steps {
             let (event, cursor) = match step.kind {
-                Kind::Batch(event, cursor) => (Some(event), cursor),
+                Kind::Batch { first, cursor, .. } => (Some(first), cursor),
                 Kind::Position(cursor) => (None, cursor),
                 Kind::Lost | Kind::Resumed => continue,
             };
@@ -103,7 +125,7 @@ impl<'a> Rules<'a> {
                 let text = format!("the position of {} went back from {held} to {cursor}", self.name());
                 findings.violation("bookmark", step.at, text);
             }
-            if let Kind::Batch(_, cursor) = step.kind
+            if let Kind::Batch { cursor, .. } = step.kind
                 && step.last > cursor.seq
             {
                 let text = format!("{} was told {cursor} after seq {}", self.name(), step.last);
@@ -133,7 +155,7 @@ impl<'a> Rules<'a> {
         let first = self.subscription.first?;
         let steps = self.subscription.steps.iter().rev();
         let told = steps.filter_map(|step| match step.kind {
-            Kind::Batch(_, cursor) | Kind::Position(cursor) => Some((step.at, cursor)),
+            Kind::Batch { cursor, .. } | Kind::Position(cursor) => Some((step.at, cursor)),
             Kind::Lost | Kind::Resumed => None,
         });
         let last = told.chain([first]).next()?;
@@ -153,7 +175,7 @@ impl<'a> Rules<'a> {
             later.map(|(_, start)| *start).min().unwrap_or(u64::MAX)
         };
         let (from, to) = (first.seq.min(fork(first)), last.seq.min(fork(last)));
-        let mut due = matches.iter().flat_map(|(low, high)| (*low).max(from + 1)..=(*high).min(to)).peekable();
+        let mut due = matches.seqs.iter().flat_map(|(low, high)| (*low).max(from + 1)..=(*high).min(to)).peekable();
         for event in self.subscription.events.iter().filter(|event| event.seq > from && event.seq <= to) {
             if self.gathered.epoch_of(event.seq) > event.epoch {
                 continue;
@@ -161,7 +183,9 @@ impl<'a> Rules<'a> {
             while let Some(missed) = due.next_if(|seq| *seq < event.seq) {
                 self.missed(missed, event.at, findings);
             }
-            if due.next_if_eq(&event.seq).is_none() && self.row(event.seq).is_some() {
+            if due.next_if_eq(&event.seq).is_some() {
+                self.marked(event, matches.mark(event.seq), findings);
+            } else if self.row(event.seq).is_some() {
                 let text = format!(
                     "{} saw seq {}, which {:?} does not let through",
                     self.name(),
@@ -173,6 +197,21 @@ impl<'a> Rules<'a> {
         }
         for missed in due {
             self.missed(missed, at, findings);
+        }
+    }
+
+    /// An UPDATE that moves a row over the condition says so, and nothing else does: who keeps a picture of the rows drops
+    /// one by it.
+    fn marked(&self, event: &Seen, due: Mark, findings: &mut Findings) {
+        if event.mark != due {
+            let text = format!(
+                "{} saw seq {} marked as {:?}; by Postgres it is {due:?} for {:?}",
+                self.name(),
+                event.seq,
+                event.mark,
+                self.subscription.want
+            );
+            findings.violation("transition", event.at, text);
         }
     }
 
@@ -188,25 +227,52 @@ impl<'a> Rules<'a> {
         findings.violation("missed", at, text);
     }
 
-    /// A batch that does not say that it is open ends with the last event of its transaction that is due.
+    /// A batch that does not say that it is open ends with the last event of its transaction that is due: whoever saves
+    /// its cursor and begins there again would have half a transaction.
     fn atomic(&self, findings: &mut Findings) {
-        for pair in self.subscription.events.windows(2) {
-            // Of a lost tail nobody knows any more what its transactions were.
-            if pair.iter().any(|event| self.gathered.epoch_of(event.seq) > event.epoch) {
-                continue;
-            }
-            let (Some(a), Some(b)) = (self.row(pair[0].seq), self.row(pair[1].seq)) else { continue };
-            let torn = pair[0].closes && a.xid == b.xid && !a.tx_end && pair[0].epoch == pair[1].epoch;
-            if torn && (a.seq..b.seq).all(|seq| self.row(seq).is_some_and(|row| row.xid == a.xid && !row.tx_end)) {
+        let matches = self.gathered.matches.get(&self.subscription.want);
+        for step in &self.subscription.steps {
+            let Kind::Batch { cursor, open: false, .. } = step.kind else { continue };
+            let Some((xid, rest)) = self.inside(cursor) else { continue };
+            let mut rest = rest.take_while(|row| row.xid == xid);
+            let due = rest.find(|row| row.seq > step.last && matches.is_some_and(|matches| matches.has(row.seq)));
+            if let Some(due) = due {
                 let text = format!(
-                    "{}: a batch ended with seq {} as if it were whole, seq {} is of the same transaction",
+                    "{}: a batch ended with {cursor} as if it were whole, seq {} is of the same transaction",
                     self.name(),
-                    a.seq,
-                    b.seq
+                    due.seq
                 );
-                findings.violation("atomic", pair[1].at, text);
+                findings.violation("atomic", step.at, text);
             }
         }
+    }
+
+    /// What is no batch's end stands between transactions: neither inside one of the log, nor where a batch has just said
+    /// that it ends inside one. (Of a lost tail only the batch can say so.)
+    fn between(&self, findings: &mut Findings) {
+        let mut open = None;
+        for step in &self.subscription.steps {
+            match step.kind {
+                Kind::Batch { cursor, open: inside, .. } => open = inside.then_some(cursor),
+                Kind::Position(cursor) if open == Some(cursor) || self.inside(cursor).is_some() => {
+                    let text = format!("{} was told {cursor}, which is inside a transaction", self.name());
+                    findings.violation("atomic", step.at, text);
+                }
+                Kind::Position(_) | Kind::Lost | Kind::Resumed => {}
+            }
+        }
+    }
+
+    /// The transaction that the position stands inside, and the rows of the log after it; nothing where it stands between
+    /// two, or in a lost tail, of which nobody knows any more what was to follow.
+    fn inside(&self, cursor: Cursor) -> Option<(u64, impl Iterator<Item = &'a LogRow> + use<'a>)> {
+        if self.gathered.diverged(cursor) {
+            return None;
+        }
+        let row = self.row(cursor.seq).filter(|row| !row.tx_end)?;
+        let place = usize::try_from(cursor.seq - self.gathered.log.first()?.seq).ok()?;
+        let rest = self.gathered.log.get(place + 1..)?;
+        (rest.first()?.xid == row.xid).then(|| (row.xid, rest.iter()))
     }
 
     /// Who is told to start over was in a lost tail.

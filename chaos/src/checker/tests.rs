@@ -2,6 +2,8 @@
 //! must pass.
 
 mod broken;
+mod conduct;
+mod positions;
 mod random;
 mod sound;
 
@@ -26,14 +28,32 @@ struct History {
     epochs: Vec<(u32, u64)>,
     terms: Vec<(u64, u32, i64)>,
     matches: Vec<(Want, Vec<(u64, u64)>)>,
+    /// Of every condition: what enters, and what leaves.
+    moved: (Vec<(u64, u64)>, Vec<(u64, u64)>),
+    plan: serde_json::Value,
+    outbox: u64,
 }
 
 fn everything() -> Want {
     Want { tables: vec!["*".into()], filter: None, ops: None }
 }
 
+/// The cursor of an event of the log.
 fn at(epoch: u32, seq: u64) -> Cursor {
-    Cursor { epoch, seq, check: seq as u32 }
+    cursor(epoch, 0, seq)
+}
+
+/// The cursor of an event of the lost tail.
+fn lost_at(seq: u64) -> Cursor {
+    cursor(1, 1, seq)
+}
+
+fn cursor(epoch: u32, branch: u32, seq: u64) -> Cursor {
+    if seq == 0 { Cursor::origin(epoch) } else { Cursor::at(epoch, seq, event_id(branch, seq)) }
+}
+
+fn event_id(branch: u32, seq: u64) -> Uuid {
+    Uuid::from_u128(u128::from(print(branch, seq)))
 }
 
 /// What an event of the log is recognised by; a lost tail has others.
@@ -51,6 +71,11 @@ fn update(key: i64, val: &str, prev: &str) -> Write {
 
 fn delete(key: i64, val: &str) -> Write {
     Write { op: "DELETE".into(), ..insert(key, val) }
+}
+
+/// A domain event: no table holds it.
+fn event(key: i64, val: &str) -> Write {
+    Write { table: "event:bid".into(), op: "EVENT".into(), ..insert(key, val) }
 }
 
 impl History {
@@ -101,10 +126,10 @@ impl History {
             let seq = self.log.iter().filter(|row| row.branch == 0).count() as u64 + 1;
             let row = row(0, seq, xid, i + 1 == ops.len(), write);
             self.log.push(row);
-            if write.op == "DELETE" {
-                self.rows.remove(&write.key);
-            } else {
-                self.rows.insert(write.key, write.val.clone());
+            match write.op.as_str() {
+                "DELETE" => drop(self.rows.remove(&write.key)),
+                "EVENT" => {}
+                _ => drop(self.rows.insert(write.key, write.val.clone())),
             }
         }
     }
@@ -121,7 +146,12 @@ impl History {
     fn deliver_of(&mut self, s: u32, epoch: u32, branch: u32, seqs: &[u64], open: bool) {
         let e = seqs.iter().map(|seq| Delivered(*seq, print(branch, *seq), None)).collect();
         let last = seqs.last().copied().unwrap_or(0);
-        self.say(Record::Deliver { s, e, cursor: at(epoch, last), open });
+        self.say(Record::Deliver { s, e, cursor: cursor(epoch, branch, last), open });
+    }
+
+    /// A minute passes in which nothing is said.
+    fn minute(&mut self) {
+        self.lines.extend(std::iter::repeat_n(Record::Outbox { rows: 0 }, 60_000));
     }
 
     fn stop(&mut self, s: u32, position: Cursor) {
@@ -141,8 +171,12 @@ impl History {
     }
 
     fn healed(&mut self) {
-        self.say(Record::FaultOff { f: 7 });
-        self.say(Record::FaultDone(FaultDone {
+        self.healed_with(|_| {});
+    }
+
+    /// Healed, and something of how it went was otherwise.
+    fn healed_with(&mut self, change: impl FnOnce(&mut FaultDone)) {
+        let mut done = FaultDone {
             f: 7,
             class: "F11".into(),
             took: true,
@@ -150,18 +184,14 @@ impl History {
             caught_up: Some(1),
             figures: BTreeMap::new(),
             violations: Vec::new(),
-        }));
+        };
+        change(&mut done);
+        self.say(Record::FaultOff { f: 7 });
+        self.say(Record::FaultDone(done));
     }
 
     fn check(self) -> Verdict {
-        let run = Run {
-            version: VERSION,
-            seed: 1,
-            server: String::new(),
-            mutant: None,
-            wall: 0,
-            plan: serde_json::Value::Null,
-        };
+        let run = Run { version: VERSION, seed: 1, server: String::new(), mutant: None, wall: 0, plan: self.plan };
         let mut lines = vec![Record::Run(run)];
         lines.extend(self.lines);
         lines.extend(self.log.into_iter().map(Record::Log));
@@ -175,8 +205,13 @@ impl History {
         let epochs = self.epochs.into_iter();
         lines.extend(epochs.map(|(epoch, start_seq)| Record::Epoch { epoch, start_seq, reason: String::new() }));
         lines.extend(self.rows.into_iter().map(|(key, val)| Record::Row { table: TABLE.into(), key, val }));
-        lines.extend(self.matches.into_iter().map(|(want, seqs)| Record::Matches { want, seqs }));
-        lines.push(Record::Outbox { rows: 0 });
+        let (enter, leave) = self.moved;
+        let matches = self.matches.into_iter();
+        lines.extend(matches.map(|(want, seqs)| {
+            let (enter, leave) = (enter.clone(), leave.clone());
+            Record::Matches { want, seqs, enter, leave }
+        }));
+        lines.push(Record::Outbox { rows: self.outbox });
         lines.push(Record::Done { lines: 0 });
         let stamped =
             lines.into_iter().enumerate().map(|(n, record)| Ok::<_, Infallible>(Line(n as u64 * 1_000, record)));
@@ -193,6 +228,23 @@ impl History {
         assert!(rules.iter().all(|broken| *broken == rule), "{rule} was expected: {:#?}", verdict.violations);
     }
 
+    /// No promise of safety is broken, and this is late, once.
+    #[track_caller]
+    fn is_late(self, rule: &str) {
+        let verdict = self.check();
+        assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
+        let rules: Vec<&str> = verdict.late.iter().map(|late| late.rule).collect();
+        assert_eq!(rules, [rule], "{:#?}", verdict.late);
+    }
+
+    /// Nothing is broken, nothing is late.
+    #[track_caller]
+    fn is_in_time(self) {
+        let verdict = self.check();
+        assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
+        assert!(verdict.late.is_empty(), "{:#?}", verdict.late);
+    }
+
     #[track_caller]
     fn passes(self) {
         let verdict = self.check();
@@ -206,7 +258,7 @@ fn row(branch: u32, seq: u64, xid: u64, tx_end: bool, write: &Write) -> LogRow {
         seq,
         xid,
         tx_end,
-        event_id: Uuid::from_u128(u128::from(print(branch, seq))),
+        event_id: event_id(branch, seq),
         table: write.table.clone(),
         op: write.op.clone(),
         key: Some(write.key),

@@ -244,6 +244,24 @@ mod tests {
     }
 
     #[test]
+    fn a_history_of_another_version_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        for version in [VERSION - 1, VERSION + 1] {
+            let run = crate::history::Run {
+                version,
+                seed: 1,
+                server: String::new(),
+                mutant: None,
+                wall: 0,
+                plan: serde_json::Value::Null,
+            };
+            let path = write(folder.path(), vec![Record::Run(run)]);
+            let error = Reader::open(&path).unwrap().next().unwrap().unwrap_err();
+            assert!(matches!(error, HistoryError::Version { found, .. } if found == version), "{error}");
+        }
+    }
+
+    #[test]
     fn a_file_that_is_no_history_is_named_with_its_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");

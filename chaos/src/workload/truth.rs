@@ -141,7 +141,7 @@ async fn matches(connection: &mut PgConnection, recorder: &Recorder, wants: &BTr
         .execute(
             "SET work_mem = '64MB';
              CREATE TEMPORARY TABLE images AS
-             SELECT seq, table_name, operation, omitted, row_key->>'aggregate_id' AS aggregate_id, event_type,
+             SELECT seq, table_name, operation, omitted, before_data IS NOT NULL AS has_before, row_key->>'aggregate_id' AS aggregate_id, event_type,
                     CASE WHEN operation = 'EVENT' THEN after_data END AS payload,
                     b.id AS b_id, b.val AS b_val, b.prev AS b_prev, b.w AS b_w,
                     a.id AS a_id, a.val AS a_val, a.prev AS a_prev, a.w AS a_w
@@ -155,12 +155,21 @@ async fn matches(connection: &mut PgConnection, recorder: &Recorder, wants: &BTr
         .await
         .context("the images of the log")?;
     for want in wants {
-        let statement = format!("SELECT seq FROM images WHERE {} ORDER BY seq", condition(want));
-        let seqs: Vec<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(statement))
+        let statement =
+            format!("SELECT seq, {} AS moved FROM images WHERE {} ORDER BY seq", moved(want), condition(want));
+        let rows: Vec<(i64, i32)> = sqlx::query_as(sqlx::AssertSqlSafe(statement))
             .fetch_all(&mut *connection)
             .await
             .with_context(|| format!("Postgres refuses the condition of {want:?}"))?;
-        recorder.record(Record::Matches { want: want.clone(), seqs: runs(seqs.iter().map(|seq| seq.cast_unsigned())) });
+        let all = |wanted: fn(i32) -> bool| {
+            runs(rows.iter().filter(|(_, moved)| wanted(*moved)).map(|(seq, _)| seq.cast_unsigned()))
+        };
+        recorder.record(Record::Matches {
+            want: want.clone(),
+            seqs: all(|_| true),
+            enter: all(|moved| moved == 1),
+            leave: all(|moved| moved == 2),
+        });
     }
     Ok(())
 }
@@ -186,22 +195,39 @@ fn condition(want: &Want) -> String {
     let filter = want.filter.as_ref().map_or_else(
         || "true".to_owned(),
         |filter| {
-            let image = |side: &str| {
-                format!(
-                    "(SELECT ({filter}) IS TRUE FROM (SELECT {side}_id AS id, {side}_val AS val, {side}_prev AS prev,
-                      {side}_w AS w, images.payload, images.aggregate_id, images.event_type) AS image)"
-                )
-            };
             format!(
                 "(omitted OR operation = 'TRUNCATE'
                   OR operation IN ('INSERT', 'UPDATE', 'EVENT') AND {}
                   OR operation IN ('UPDATE', 'DELETE') AND {})",
-                image("a"),
-                image("b")
+                holds(filter, "a"),
+                holds(filter, "b")
             )
         },
     );
     format!("({}) AND (operation = 'SCHEMA' OR ({ops}) AND {filter})", tables.join(" OR "))
+}
+
+/// Whether the filter holds for the row before (`b`) or after (`a`); never null.
+fn holds(filter: &str, side: &str) -> String {
+    format!(
+        "(SELECT ({filter}) IS TRUE FROM (SELECT {side}_id AS id, {side}_val AS val, {side}_prev AS prev,
+          {side}_w AS w, images.payload, images.aggregate_id, images.event_type) AS image)"
+    )
+}
+
+/// How a row moved over the filter: 1 it entered, 2 it left, 0 neither. By protocol only an UPDATE with both images moves
+/// a row, and only a subscription with a filter hears of it.
+fn moved(want: &Want) -> String {
+    want.filter.as_ref().map_or_else(
+        || "0".to_owned(),
+        |filter| {
+            let (before, after) = (holds(filter, "b"), holds(filter, "a"));
+            format!(
+                "CASE WHEN operation <> 'UPDATE' OR omitted OR NOT has_before OR {before} = {after} THEN 0
+                      WHEN {after} THEN 1 ELSE 2 END"
+            )
+        },
+    )
 }
 
 /// Ascending numbers as runs of consecutive ones.

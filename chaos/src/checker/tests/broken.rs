@@ -28,6 +28,43 @@ fn a_transaction_half_of_which_is_lost() {
 }
 
 #[test]
+fn changes_of_one_transaction_in_another_order() {
+    let mut history = History::small();
+    let ops = [insert(3, "d"), insert(4, "e")];
+    history.written(5, &ops);
+    history.say(Record::Ok { w: 0, n: 5 });
+    let [first, second] = ops;
+    history.relay(5, &[second, first]);
+    history.breaks("order");
+}
+
+#[test]
+fn a_change_that_stands_in_the_place_of_another() {
+    let mut history = History::small();
+    let (first, second) = (event(1, "d"), event(2, "e"));
+    history.written(5, &[first.clone(), second]);
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.relay(5, &[first.clone(), first]);
+    let verdict = history.check();
+    let rules: Vec<&str> = verdict.violations.iter().map(|violation| violation.rule).collect();
+    assert_eq!(rules, ["repeated", "lost"], "{:#?}", verdict.violations);
+}
+
+#[test]
+fn a_lost_tail_with_the_end_of_a_transaction_and_without_its_beginning() {
+    let mut history = History::small();
+    history.lossy(4);
+    let ops = [insert(3, "lost"), insert(4, "too")];
+    history.written(5, &ops);
+    history.say(Record::Ok { w: 0, n: 5 });
+    let [first, second] = ops;
+    history.log.push(row(1, 5, 5, false, &second));
+    history.log.push(row(1, 6, 5, true, &first));
+    history.healed();
+    history.breaks("atomic");
+}
+
+#[test]
 fn an_event_of_a_transaction_that_was_rolled_back() {
     let mut history = History::small();
     history.relay(3, &[insert(9, "never")]);
@@ -173,6 +210,21 @@ fn an_event_that_no_log_has() {
     let mut history = History::small();
     history.lines.pop();
     history.deliver(1, &[5]);
+    let verdict = history.check();
+    let rules: Vec<&str> = verdict.violations.iter().map(|violation| violation.rule).collect();
+    assert_eq!(rules, ["durable", "cursor"], "{:#?}", verdict.violations);
+}
+
+#[test]
+fn an_event_that_is_delivered_before_its_commit_was_sent() {
+    let mut history = History::small();
+    history.lines.pop();
+    history.say(Record::Begin { w: 0, n: 5 });
+    history.deliver(1, &[5]);
+    history.say(Record::Commit { w: 0, n: 5, xid: 5, ops: vec![insert(3, "d")] });
+    history.say(Record::Ok { w: 0, n: 5 });
+    history.relay(5, &[insert(3, "d")]);
+    history.matched(&[(1, 5)]);
     history.breaks("durable");
 }
 
@@ -181,6 +233,28 @@ fn an_event_that_the_filter_does_not_let_through() {
     let mut history = History::small();
     history.matched(&[(1, 2), (4, 4)]);
     history.breaks("filter");
+}
+
+#[test]
+fn a_row_that_leaves_or_enters_and_nobody_says_so() {
+    for moved in [(vec![(3, 3)], Vec::new()), (Vec::new(), vec![(3, 3)])] {
+        let mut history = History::small();
+        history.moved = moved;
+        history.breaks("transition");
+    }
+}
+
+#[test]
+fn a_row_that_is_said_to_move_and_does_not_or_the_other_way() {
+    for said in ["enter", "leave", "unknown"] {
+        let mut history = History::small();
+        nth_delivery(&mut history, 1)[1].2 = Some(said.into());
+        history.clone().breaks("transition");
+        // Enter for leave, leave for enter.
+        let run = vec![(3, 3)];
+        history.moved = if said == "enter" { (Vec::new(), run) } else { (run, Vec::new()) };
+        history.breaks("transition");
+    }
 }
 
 #[test]
@@ -193,7 +267,7 @@ fn a_batch_that_ends_inside_a_transaction_as_if_it_were_whole() {
     history.lines.insert(at_third.unwrap(), record);
     for record in &mut history.lines {
         if let Record::Deliver { e, cursor, .. } = record {
-            cursor.seq = e[0].0;
+            *cursor = at(1, e[0].0);
         }
     }
     history.breaks("atomic");
@@ -267,7 +341,7 @@ fn a_position_before_the_event_that_it_comes_with() {
         if let Record::Deliver { e, cursor, .. } = record
             && e[0].0 == 2
         {
-            cursor.seq = 2;
+            *cursor = at(1, 2);
         }
     }
     history.breaks("bookmark");
@@ -293,9 +367,23 @@ fn terms_that_go_back() {
 
 #[test]
 fn a_close_code_that_no_document_knows() {
-    let mut history = History::small();
-    history.say(Record::Disconnected { s: 1, code: Some(4999), status: None, cause: "?".into() });
-    history.breaks("codes");
+    // 1005, 1006 and 1015 must never be sent (RFC 6455, 7.4.1).
+    for code in [4999, 1005, 1006, 1015] {
+        let mut history = History::small();
+        let cause = format!("closed by the server: {code} so it says");
+        history.say(Record::Disconnected { s: 1, code: Some(code), status: None, cause });
+        history.breaks("codes");
+    }
+}
+
+#[test]
+fn a_status_that_no_document_knows() {
+    for status in [200, 400, 500, 501] {
+        let mut history = History::small();
+        let cause = format!("HTTP {status} instead of a WebSocket");
+        history.say(Record::Disconnected { s: 1, code: None, status: Some(status), cause });
+        history.breaks("codes");
+    }
 }
 
 #[test]
