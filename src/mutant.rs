@@ -98,7 +98,7 @@ mod chosen {
         (Mutant::DivergedNotTold, "diverged_not_told", "clients in a lost tail go on in silence", &["F11"]),
         (Mutant::ResyncEverybody, "resync_everybody", "every failover resyncs everybody", &["F10", "F11"]),
         (Mutant::OldPrimaryAccepted, "old_primary_accepted", "an old primary is served", &["F10", "F11", "F12"]),
-        (Mutant::FeedTrusted, "feed_trusted", "chunks that nobody sealed are believed", &["F17"]),
+        (Mutant::FeedTrusted, "feed_trusted", "chunks that nobody sealed are believed", &["F26"]),
         (Mutant::StaleAfterPause, "stale_after_pause", "a node that stood still takes itself for current", &["F4"]),
         (Mutant::TrimTooMuch, "trim_too_much", "the log loses what it should keep", &["F1", "F2"]),
     ];
