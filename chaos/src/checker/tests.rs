@@ -18,6 +18,9 @@ use crate::history::{Delivered, FaultDone, FaultOn, Line, LogRow, Record, Run, V
 
 const TABLE: &str = "public.accounts";
 
+/// Runs of seqs, ascending.
+type Runs = Vec<(u64, u64)>;
+
 /// A history under construction. Everything is public to the tests, which break it.
 #[derive(Clone, Debug, Default)]
 struct History {
@@ -27,9 +30,9 @@ struct History {
     rows: BTreeMap<i64, String>,
     epochs: Vec<(u32, u64)>,
     terms: Vec<(u64, u32, i64)>,
-    matches: Vec<(Want, Vec<(u64, u64)>)>,
+    matches: Vec<(Want, Runs)>,
     /// Of every condition: what enters, and what leaves.
-    moved: (Vec<(u64, u64)>, Vec<(u64, u64)>),
+    moved: (Runs, Runs),
     plan: serde_json::Value,
     outbox: u64,
 }
@@ -230,7 +233,7 @@ impl History {
 
     /// No promise of safety is broken, and this is late, once.
     #[track_caller]
-    fn is_late(self, rule: &str) {
+    fn comes_late(self, rule: &str) {
         let verdict = self.check();
         assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
         let rules: Vec<&str> = verdict.late.iter().map(|late| late.rule).collect();
@@ -239,7 +242,7 @@ impl History {
 
     /// Nothing is broken, nothing is late.
     #[track_caller]
-    fn is_in_time(self) {
+    fn comes_in_time(self) {
         let verdict = self.check();
         assert!(verdict.violations.is_empty(), "{:#?}", verdict.violations);
         assert!(verdict.late.is_empty(), "{:#?}", verdict.late);

@@ -29,7 +29,7 @@ fn a_subscription_that_is_never_answered() {
     let mut history = unfinished();
     ask(&mut history, 2, 2);
     history.minute();
-    ended(history, 1, at(1, 4)).is_late("back");
+    ended(history, 1, at(1, 4)).comes_late("back");
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn a_subscription_that_is_answered_when_it_is_asked_for_again() {
     ask(&mut history, 3, 2);
     history.say(Record::Subscribed { s: 3, cursor: at(1, 4), source: "live".into(), node: None });
     history.minute();
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn a_subscription_that_is_asked_for_shortly_before_the_end() {
     let mut history = unfinished();
     history.minute();
     ask(&mut history, 2, 2);
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_client_that_never_comes_back() {
     lost(&mut history, 1);
     history.minute();
     lost(&mut history, 1);
-    ended(history, 1, at(1, 4)).is_late("back");
+    ended(history, 1, at(1, 4)).comes_late("back");
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn a_client_that_is_cut_off_by_a_fault_that_was_healed_just_now() {
     lost(&mut history, 1);
     history.minute();
     history.healed();
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_client_that_comes_back() {
     lost(&mut history, 1);
     history.say(Record::Resumed { s: 1, source: "memory".into(), node: None });
     history.minute();
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn a_process_that_ends_and_no_other_begins() {
     let mut history = History::small();
     history.subscribe(2, Some(at(1, 4)), at(1, 4));
     history.minute();
-    ended(history, 2, at(1, 4)).is_late("back");
+    ended(history, 2, at(1, 4)).comes_late("back");
 }
 
 #[test]
@@ -93,9 +93,9 @@ fn a_client_that_never_gets_as_far_as_a_subscription() {
     let mut history = unfinished();
     history.plan = serde_json::json!({ "workload": { "clients": 2 } });
     history.minute();
-    ended(history.clone(), 1, at(1, 4)).is_late("back");
+    ended(history.clone(), 1, at(1, 4)).comes_late("back");
     history.plan = serde_json::json!({ "workload": { "clients": 1 } });
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
@@ -128,16 +128,16 @@ fn survived(change: impl FnOnce(&mut FaultDone)) -> History {
 
 #[test]
 fn a_fault_after_which_nothing_moves() {
-    survived(|_| {}).is_in_time();
-    survived(|done| done.progressed = false).is_late("progress");
+    survived(|_| {}).comes_in_time();
+    survived(|done| done.progressed = false).comes_late("progress");
     // It proves nothing, but nothing is late either.
-    survived(|done| (done.took, done.progressed) = (false, false)).is_in_time();
+    survived(|done| (done.took, done.progressed) = (false, false)).comes_in_time();
 }
 
 #[test]
 fn clients_that_catch_up_late() {
-    survived(|done| done.caught_up = Some(30_000_000)).is_in_time();
-    survived(|done| done.caught_up = Some(30_000_001)).is_late("caught_up");
+    survived(|done| done.caught_up = Some(30_000_000)).comes_in_time();
+    survived(|done| done.caught_up = Some(30_000_001)).comes_late("caught_up");
 }
 
 #[test]
@@ -146,14 +146,14 @@ fn a_client_that_ends_behind_the_log() {
     history.subscribe(2, None, at(1, 0));
     history.deliver(2, &[1]);
     history.stop(2, at(1, 1));
-    history.is_late("drain");
+    history.comes_late("drain");
 }
 
 #[test]
 fn rows_that_are_left_in_the_outbox() {
     let mut history = History::small();
     history.outbox = 1;
-    history.is_late("drain");
+    history.comes_late("drain");
 }
 
 #[test]
@@ -162,14 +162,14 @@ fn a_client_that_hears_nothing_while_nothing_is_wrong() {
     history.minute();
     history.say(Record::Progress { s: 1, cursor: at(1, 4) });
     let quiet = ended(history.clone(), 1, at(1, 4));
-    quiet.is_late("bookmark");
+    quiet.comes_late("bookmark");
     // Nobody promises it to one that has no connection.
     history.lines.insert(history.lines.len() - 2, Record::Resumed { s: 1, source: "memory".into(), node: None });
     let before = history.lines.iter().rposition(|record| matches!(record, Record::Deliver { .. })).unwrap();
     history
         .lines
         .insert(before + 1, Record::Disconnected { s: 1, code: Some(1012), status: None, cause: "drain".into() });
-    ended(history, 1, at(1, 4)).is_in_time();
+    ended(history, 1, at(1, 4)).comes_in_time();
 }
 
 #[test]
