@@ -21,6 +21,14 @@ chaos *args:
 nightly hours="8":
     chaos/nightly.sh {{hours}}
 
+# 10,000 clients lose their node
+storm *args:
+    cargo run --release -p chaos -- storm {{args}}
+
+# Line coverage of src/ by the tests
+coverage:
+    tests/coverage.sh
+
 # Postgres, three nodes, a demo
 dev *args:
     cargo run --release -- dev {{args}}

@@ -108,7 +108,7 @@ fn fan_out(criterion: &mut Criterion) {
     group.bench_function("append a batch and pull it 500 times", |bencher| {
         let options = HubOptions { ring_window: Duration::from_secs(300), ring_bytes: 64 << 20, frame_bytes: 1 << 20 };
         let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().expect("metrics"))));
-        hub.restart(0, None, Epochs::new(vec![EpochStart { epoch: 1, start_seq: 0 }]));
+        hub.restart(0, None, None, Epochs::new(vec![EpochStart { epoch: 1, start_seq: 0 }]));
         hub.hold(false);
         let plan = TablePlan { ops: OpSet::ALL, filter: None, condition: None, mask: ColumnMask::All, columns: None };
         let taps: Vec<_> = (0..SUBSCRIBERS)

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::belief::Belief;
 use crate::backoff::Backoff;
-use crate::cursor::Seq;
+use crate::cursor::{Epoch, Seq};
 use crate::event::{Event, Operation};
 use crate::failpoint;
 use crate::feed::chunk::{ChunkError, Header, Kind, decode_events};
@@ -289,11 +289,13 @@ impl Follower {
             return None;
         };
         self.heard = Instant::now();
-        self.metrics.term.set(header.term.cast_signed());
-        self.metrics.log_newest_seq.set(gauge(header.last));
         let newest = self.hub.high_water();
-        let known_epoch = header.epoch == self.hub.epochs().newest();
-        if !known_epoch || !self.state.belief.lock().met() || self.hub.edge().held {
+        let epoch = self.hub.epochs().newest();
+        if says_more(&header, epoch, newest) {
+            self.metrics.term.set(header.term.cast_signed());
+            self.metrics.log_newest_seq.set(gauge(header.last));
+        }
+        if header.epoch != epoch || !self.state.belief.lock().met() || self.hub.edge().held {
             return Some("doubt");
         }
         let outcome = match header.kind {
@@ -413,8 +415,9 @@ impl Follower {
             failpoint::hit("feed.epoch").await?;
             let start = known.start_of(known.newest()).unwrap_or_default();
             let start_id = self.asked(read::event_id(pool, start)).await?;
+            let whole = self.asked(read::whole_at(pool, start)).await?;
             self.keys.clear();
-            self.hub.set_epochs(known.clone(), start_id);
+            self.hub.set_epochs(known.clone(), start_id, whole);
         }
         let bounds = self.asked(read::bounds(pool)).await?;
         self.metrics.log_newest_seq.set(gauge(bounds.newest));
@@ -460,8 +463,10 @@ impl Follower {
     async fn begin(&mut self, bounds: read::Bounds, known: crate::cursor::Epochs) -> Result<(), sqlx::Error> {
         let oldest = bounds.oldest.saturating_sub(1);
         let base = bounds.newest.saturating_sub(WARM_EVENTS).max(oldest);
-        let base_id = self.asked(read::event_id(&self.database.pool(), base)).await?;
-        self.hub.restart(base, base_id, known);
+        let pool = &self.database.pool();
+        let base_id = self.asked(read::event_id(pool, base)).await?;
+        let whole = self.asked(read::whole_at(pool, base)).await?;
+        self.hub.restart(base, base_id, whole, known);
         self.started = true;
         Ok(())
     }
@@ -484,6 +489,12 @@ impl Follower {
     }
 }
 
+/// Whether a chunk knows more of the log's end than a node that has it up to `newest`. One that waited while the node was
+/// paused comes when the log has been read: it must not put the node back in anybody's eyes.
+const fn says_more(header: &Header, epoch: Epoch, newest: Seq) -> bool {
+    header.epoch == epoch && header.last >= newest
+}
+
 /// What the chunk says, if the term's leader sealed it.
 fn opened(key: &FeedKey, header: &Header, text: &str, sealed: &str) -> Result<Bytes, ChunkError> {
     match key.open(header, text, sealed) {
@@ -491,5 +502,21 @@ fn opened(key: &FeedKey, header: &Header, text: &str, sealed: &str) -> Result<By
             STANDARD_NO_PAD.decode(sealed).map(Bytes::from).map_err(|_| ChunkError::Body)
         }
         opened => opened,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Found by the chaos campaign: a woken node read the log, said ready, and then showed the numbers of what it had
+    /// slept through, one old chunk after the other.
+    #[test]
+    fn a_chunk_that_waited_does_not_put_the_logs_end_back() {
+        let chunk = |epoch, last| Header { epoch, term: 1, first: last, last, kind: Kind::Heartbeat, nonce: 0 };
+        assert!(says_more(&chunk(1, 20), 1, 19));
+        assert!(says_more(&chunk(1, 20), 1, 20));
+        assert!(!says_more(&chunk(1, 20), 1, 28));
+        assert!(!says_more(&chunk(1, 20), 2, 10), "of a tail that is lost");
     }
 }

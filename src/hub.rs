@@ -180,17 +180,20 @@ impl Hub {
         Cursor::at(self.epochs.read().of(seq), seq, id)
     }
 
-    /// Begins anew after `base`: the log does not continue what the ring held (or it never held anything).
-    pub fn restart(&self, base: Seq, base_id: Option<Uuid>, epochs: Epochs) {
+    /// Begins anew after `base`: the log does not continue what the ring held (or it never held anything). `whole` is the
+    /// newest end of a transaction at or before `base`, if known: `base` may lie inside one, and no client is told such
+    /// a position.
+    pub fn restart(&self, base: Seq, base_id: Option<Uuid>, whole: Option<(Seq, Uuid)>, epochs: Epochs) {
         let routes = self.routes.lock();
         let start = Cursor::at(epochs.of(base), base, base_id.unwrap_or_default());
+        let boundary = whole.map_or(start, |(seq, id)| Cursor::at(epochs.of(seq), seq, id));
         *self.epochs.write() = epochs;
         *self.ring.write() = Ring::new(base, base_id, self.options.ring_window, self.options.ring_bytes);
         for group in routes.iter() {
             group.reset(base);
         }
         self.edge.send_modify(|edge| {
-            (edge.deliverable, edge.boundary) = (start, start);
+            (edge.deliverable, edge.boundary) = (start, boundary);
             edge.generation += 1;
         });
         routes.iter().for_each(|group| group.wake_all());
@@ -199,8 +202,9 @@ impl Hub {
     }
 
     /// Takes the epochs as they are now. Where a new one began before our newest event, the tail behind it is forgotten
-    /// and every position is judged anew. `start_id` is the id of the event at the newest epoch's start, if any.
-    pub fn set_epochs(&self, epochs: Epochs, start_id: Option<Uuid>) {
+    /// and every position is judged anew. `start_id` is the id of the event at the newest epoch's start, if any; `whole` the
+    /// newest end of a transaction at or before that, as in [`restart`](Self::restart).
+    pub fn set_epochs(&self, epochs: Epochs, start_id: Option<Uuid>, whole: Option<(Seq, Uuid)>) {
         if *self.epochs.read() == epochs {
             return;
         }
@@ -221,9 +225,14 @@ impl Hub {
             group.reset(newest);
         }
         let end = self.cursor_at(newest, id.unwrap_or_default());
+        let boundary = whole.map_or(end, |(seq, id)| self.cursor_at(seq, id));
         self.edge.send_modify(|edge| {
             if edge.deliverable.seq > newest {
-                (edge.deliverable, edge.boundary) = (end, end);
+                edge.deliverable = end;
+                // One before the cut stands: it was the end of a transaction, and still is.
+                if edge.boundary.seq > newest {
+                    edge.boundary = boundary;
+                }
             }
             edge.generation += 1;
         });

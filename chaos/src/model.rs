@@ -11,8 +11,8 @@
 //! Each model also holds wrong designs, and for each the search must find the history in which it breaks a promise: a
 //! model that lets everything pass proves nothing. For the same reason each has "sometimes" properties, which demand that
 //! what is interesting really happens. Time, sizes, bytes and SQL are not modelled, nor are chunks that come twice or in
-//! another order, positions told to clients of a filter, parts of large transactions and the snapshot's numbers (who runs
-//! is known here): those are the campaign's and the tests' business.
+//! another order, parts of large transactions and the snapshot's numbers (who runs is known here), nor how an old primary
+//! is told from a new one (that it is refused is assumed): those are the campaign's and the tests' business.
 
 mod failover;
 mod feed;

@@ -1,9 +1,10 @@
-//! The hub's end of subscriptions that a schema change breaks.
+//! The hub's end of subscriptions that a schema change breaks, and its positions inside transactions.
 
 mod model;
 
 use super::*;
 use crate::auth::scope::{ColumnMask, OpSet};
+use crate::cursor::EpochStart;
 use crate::event::NewEvent;
 use crate::filter::{Column, ColumnType, Filter};
 use crate::hub::plan::TablePlan;
@@ -14,7 +15,7 @@ const FRAME_BYTES: usize = 1 << 20;
 fn hub() -> Arc<Hub> {
     let options = HubOptions { ring_window: Duration::from_secs(300), ring_bytes: 1 << 20, frame_bytes: FRAME_BYTES };
     let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().unwrap())));
-    hub.restart(0, None, Epochs::default());
+    hub.restart(0, None, None, Epochs::default());
     hub.hold(false);
     hub
 }
@@ -106,4 +107,43 @@ fn a_listener_far_behind_its_ended_group_reads_the_ring_up_to_the_end() {
     // What the ring has is read up to the change; its own frames would have told that as well.
     assert!(matches!(tap.pull(2), Pull::Ended(_)));
     assert!(matches!(tap.pull(3), Pull::Ended(_)));
+}
+
+/// One that does not end its transaction.
+fn inside(seq: Seq) -> Event {
+    Event { tx_end: false, ..insert(seq) }
+}
+
+fn edge(hub: &Hub) -> (Seq, Seq) {
+    let edge = hub.edge();
+    (edge.boundary.seq, edge.deliverable.seq)
+}
+
+/// A node that starts while a transaction larger than its ring is relayed in parts.
+#[test]
+fn a_ring_that_begins_inside_a_transaction_tells_nobody_a_position_in_it() {
+    let hub = hub();
+    hub.restart(5, Some(Uuid::from_u128(5)), Some((3, Uuid::from_u128(3))), Epochs::default());
+    assert_eq!(edge(&hub), (3, 5));
+    hub.append(&[inside(6)], Instant::now()).unwrap();
+    assert_eq!(edge(&hub), (3, 5));
+    let tap = join(&hub);
+    assert!(matches!(tap.pull(3), Pull::Log), "whoever begins now reads the whole transaction from the log");
+    hub.append(&[insert(7)], Instant::now()).unwrap();
+    assert_eq!(edge(&hub), (7, 7));
+}
+
+#[test]
+fn a_tail_that_is_lost_inside_a_transaction_leaves_the_position_before_it() {
+    let hub = hub();
+    let tap = join(&hub);
+    hub.append(&[insert(1), inside(2), inside(3), insert(4)], Instant::now()).unwrap();
+    assert_eq!(edge(&hub), (4, 4));
+    let epochs = [(1, 0), (2, 3)].map(|(epoch, start_seq)| EpochStart { epoch, start_seq });
+    let [first, third] = [1, 3].map(Uuid::from_u128);
+    hub.set_epochs(Epochs::new(epochs.into()), Some(third), Some((1, first)));
+    assert_eq!(edge(&hub), (1, 3));
+    assert!(matches!(tap.pull(1), Pull::Idle(_)));
+    hub.append(&[insert(4)], Instant::now()).unwrap();
+    assert_eq!(frame(tap.pull(1)), (3, 4), "whole, with the end that it has now");
 }

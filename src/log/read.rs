@@ -59,6 +59,21 @@ pub async fn event_id(pool: &PgPool, seq: Seq) -> Result<Option<Uuid>, sqlx::Err
         .await
 }
 
+/// The newest event at or before `seq` that ends its transaction: its seq and id. None if the log holds none.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn whole_at(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT seq, event_id FROM tidewire.event_log WHERE seq <= $1 AND tx_end ORDER BY seq DESC LIMIT 1",
+    )
+    .bind(seq.cast_signed())
+    .fetch_optional(pool)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some((row.try_get::<i64, _>(0)?.cast_unsigned(), row.try_get(1)?)))
+}
+
 /// What became of a transaction, for `sync`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transaction {

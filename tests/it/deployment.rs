@@ -80,8 +80,30 @@ fn a_node_has_longer_to_stop_than_a_drain_may_take() {
     let deadline: u64 =
         line.split('=').nth(1).unwrap().split_whitespace().next().unwrap().replace('_', "").parse().unwrap();
     let compose = read("docker-compose.cluster.yml");
-    let line = compose.lines().find(|line| line.contains("stop_grace_period: 15s"));
-    assert!(line.is_some() && deadline < 15_000, "{deadline}");
+    let (_, node) = compose.split_once("x-node: &node\n").unwrap();
+    let (node, _) = node.split_once("\nservices:").unwrap();
+    let grace = node.lines().find_map(|line| line.trim().strip_prefix("stop_grace_period: ")?.strip_suffix('s'));
+    assert!(grace.unwrap().parse::<u64>().unwrap() * 1_000 > deadline, "{grace:?} s, {deadline} ms");
+}
+
+/// `command:` and `exec` lines, as far as they are the program's.
+#[test]
+fn what_the_deployment_runs_are_commands_of_the_program() {
+    let help = Command::new(env!("CARGO_BIN_EXE_tidewire")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let known: BTreeSet<&str> =
+        help.lines().filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
+    let compose = read("docker-compose.cluster.yml");
+    let dockerfile = read("deploy/Dockerfile");
+    let (_, node) = compose.split_once("x-node: &node\n").unwrap();
+    let serve = node.lines().find_map(|line| line.trim().strip_prefix("command: [\"")?.strip_suffix("\"]"));
+    let exec = compose.lines().filter_map(|line| line.split_once(" tidewire ")?.1.split_whitespace().next());
+    let image = dockerfile.lines().filter_map(|line| line.strip_prefix("CMD [\"")?.split('"').next());
+    let run: Vec<&str> = serve.into_iter().chain(exec).chain(image).collect();
+    assert!(run.len() >= 2, "{run:?}");
+    for command in run {
+        assert!(known.contains(command), "{command} is not in {known:?}");
+    }
 }
 
 #[test]

@@ -15,8 +15,8 @@ const PROGRESS: Micros = 10_000_000;
 const STATUSES: [u16; 4] = [429, 502, 503, 504];
 /// What the client says in the place of a close frame that never came, with its words for it. No server may send it.
 const CONNECTION_LOST: (u16, &str) = (1006, "without a goodbye");
-/// From the heal to every client having come back: it waits up to 30 s between two attempts, and an attempt takes up to
-/// 10 s.
+/// From the heal to every client having come back: it waits up to 10 s between two attempts, an attempt takes up to 10 s,
+/// and one of them may have met a node that was not ready yet.
 const BACK: Micros = 45_000_000;
 /// Fewer prove nothing.
 const DELIVERIES: u64 = 1_000;
