@@ -159,6 +159,14 @@ impl Epochs {
         self.0.iter().find(|start| start.epoch == epoch).map(|start| start.start_seq)
     }
 
+    /// Up to where a log that was known up to the epoch `known` is still the same: the lowest start of those that came after;
+    /// several may have begun unseen. The newest one's where none did.
+    #[must_use]
+    pub fn cut_since(&self, known: Epoch) -> Seq {
+        let unseen = self.0.iter().filter(|start| start.epoch > known).map(|start| start.start_seq).min();
+        unseen.or_else(|| self.start_of(self.newest())).unwrap_or_default()
+    }
+
     /// The epoch in which the event that stands at `seq` now was numbered.
     #[must_use]
     pub fn of(&self, seq: Seq) -> Epoch {
@@ -204,6 +212,14 @@ mod tests {
         fn arbitrary_text_never_panics(text in "\\PC*") {
             let _ = text.parse::<Cursor>();
         }
+    }
+
+    #[test]
+    fn whoever_missed_two_epochs_is_cut_where_the_first_of_them_began() {
+        let start = |epoch, start_seq| EpochStart { epoch, start_seq };
+        let epochs = Epochs::new(vec![start(1, 0), start(2, 50), start(3, 500)]);
+        assert_eq!([0, 1, 2, 3].map(|known| epochs.cut_since(known)), [0, 50, 500, 500]);
+        assert_eq!(Epochs::new(vec![start(1, 0), start(2, 90), start(3, 50)]).cut_since(1), 50);
     }
 
     #[test]

@@ -413,9 +413,9 @@ impl Follower {
         self.metrics.epoch.set(i64::from(known.newest()));
         if known != self.hub.epochs() && self.started {
             failpoint::hit("feed.epoch").await?;
-            let start = known.start_of(known.newest()).unwrap_or_default();
+            let start = known.cut_since(self.hub.epochs().newest());
             let start_id = self.asked(read::event_id(pool, start)).await?;
-            let whole = self.asked(read::whole_at(pool, start)).await?;
+            let whole = self.asked(read::whole_before(pool, start)).await?;
             self.keys.clear();
             self.hub.set_epochs(known.clone(), start_id, whole);
         }
@@ -464,9 +464,19 @@ impl Follower {
         let oldest = bounds.oldest.saturating_sub(1);
         let base = bounds.newest.saturating_sub(WARM_EVENTS).max(oldest);
         let pool = &self.database.pool();
-        let base_id = self.asked(read::event_id(pool, base)).await?;
-        let whole = self.asked(read::whole_at(pool, base)).await?;
-        self.hub.restart(base, base_id, whole, known);
+        let next = match base {
+            // Nothing is cut off there.
+            0 => None,
+            _ => self.asked(read::whole_after(pool, base.max(bounds.oldest))).await?,
+        };
+        if let Some((end, id)) = next {
+            self.hub.restart(end, Some(id), None, known);
+        } else {
+            // The log ends with a transaction that is longer than what the ring begins with, and open.
+            let base_id = self.asked(read::event_id(pool, base)).await?;
+            let whole = self.asked(read::whole_before(pool, base)).await?;
+            self.hub.restart(base, base_id, whole, known);
+        }
         self.started = true;
         Ok(())
     }

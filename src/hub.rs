@@ -202,14 +202,14 @@ impl Hub {
     }
 
     /// Takes the epochs as they are now. Where a new one began before our newest event, the tail behind it is forgotten
-    /// and every position is judged anew. `start_id` is the id of the event at the newest epoch's start, if any; `whole` the
+    /// and every position is judged anew. `start_id` is the id of the event at [`Epochs::cut_since`], if any; `whole` the
     /// newest end of a transaction at or before that, as in [`restart`](Self::restart).
     pub fn set_epochs(&self, epochs: Epochs, start_id: Option<Uuid>, whole: Option<(Seq, Uuid)>) {
         if *self.epochs.read() == epochs {
             return;
         }
         let routes = self.routes.lock();
-        let start = epochs.start_of(epochs.newest()).unwrap_or_default();
+        let start = epochs.cut_since(self.epochs.read().newest());
         *self.epochs.write() = epochs;
         let (newest, id) = {
             let mut ring = self.ring.write();
@@ -334,6 +334,10 @@ impl Hub {
                     edge.boundary = end;
                 }
             });
+            if !whole.open && edge.boundary.seq != edge.deliverable.seq {
+                // Whoever waits inside the transaction that ends here may have its beginning in hand.
+                routes.iter().for_each(|group| group.wake_all());
+            }
             drop(routes);
             for group in news {
                 group.wake_all();

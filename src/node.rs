@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -34,6 +34,9 @@ use crate::schema::Registry;
 use crate::session::{Context, Drain, SessionOptions};
 use crate::telemetry::metrics::{Metrics, gauge};
 
+/// Connections that wait to be accepted: a storm of clients comes within a second, and whoever finds no room tries again
+/// only after one. The kernel's `net.core.somaxconn` (4096 on Linux) bounds it as well.
+const BACKLOG: u32 = 4_096;
 /// Between two attempts to reach a database that was not there at the start.
 const BOOT_RETRY: Duration = Duration::from_millis(500);
 /// Between two looks whether Postgres has been away for too long, and whether a drain is over.
@@ -64,13 +67,22 @@ struct Tasks {
     heartbeat: tokio_util::sync::CancellationToken,
 }
 
+/// Like `TcpListener::bind`, with room for a storm.
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A restarted node takes its port back from connections of its former life.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 impl Node {
     /// Binds the port and starts everything.
     ///
     /// # Errors
     /// When the port cannot be bound, with what to do.
     pub async fn start(config: &Config) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(config.listen).await.with_context(|| {
+        let listener = listen(config.listen).with_context(|| {
             format!("cannot listen on {}: is it in use? choose another with --listen", config.listen)
         })?;
         let address = listener.local_addr()?;

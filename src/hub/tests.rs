@@ -114,6 +114,10 @@ fn inside(seq: Seq) -> Event {
     Event { tx_end: false, ..insert(seq) }
 }
 
+fn first_epoch() -> Epochs {
+    Epochs::new(vec![EpochStart { epoch: 1, start_seq: 0 }])
+}
+
 fn edge(hub: &Hub) -> (Seq, Seq) {
     let edge = hub.edge();
     (edge.boundary.seq, edge.deliverable.seq)
@@ -136,6 +140,7 @@ fn a_ring_that_begins_inside_a_transaction_tells_nobody_a_position_in_it() {
 #[test]
 fn a_tail_that_is_lost_inside_a_transaction_leaves_the_position_before_it() {
     let hub = hub();
+    hub.restart(0, None, None, first_epoch());
     let tap = join(&hub);
     hub.append(&[insert(1), inside(2), inside(3), insert(4)], Instant::now()).unwrap();
     assert_eq!(edge(&hub), (4, 4));
@@ -146,4 +151,37 @@ fn a_tail_that_is_lost_inside_a_transaction_leaves_the_position_before_it() {
     assert!(matches!(tap.pull(1), Pull::Idle(_)));
     hub.append(&[insert(4)], Instant::now()).unwrap();
     assert_eq!(frame(tap.pull(1)), (3, 4), "whole, with the end that it has now");
+}
+
+/// The lost tail of the first failover must go, though the second one began far beyond it.
+#[test]
+fn a_node_that_slept_through_two_failovers_forgets_the_first_ones_tail() {
+    let hub = hub();
+    hub.restart(0, None, None, first_epoch());
+    hub.append(&[insert(1), insert(2), insert(3)], Instant::now()).unwrap();
+    let epochs = [(1, 0), (2, 1), (3, 500)].map(|(epoch, start_seq)| EpochStart { epoch, start_seq });
+    let first = Uuid::from_u128(1);
+    hub.set_epochs(Epochs::new(epochs.into()), Some(first), Some((1, first)));
+    assert_eq!((hub.high_water(), edge(&hub)), (1, (1, 1)));
+}
+
+#[test]
+fn whoever_waits_inside_a_transaction_is_woken_at_its_end_even_if_that_is_not_for_him() {
+    let hub = hub();
+    hub.restart(5, Some(Uuid::from_u128(5)), Some((3, Uuid::from_u128(3))), Epochs::default());
+    let signal = Arc::new(Signal::default());
+    let _tap = hub.join("k", "id", &signal, plans);
+    let woken = Arc::new(Woken::default());
+    signal.register(&Arc::clone(&woken).into());
+    hub.append(&[event(6, Operation::Insert, r#"{"a":2}"#)], Instant::now()).unwrap();
+    assert!(woken.0.load(Ordering::Relaxed));
+}
+
+#[derive(Default)]
+struct Woken(std::sync::atomic::AtomicBool);
+
+impl std::task::Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -1,7 +1,7 @@
 //! Reading the log by position.
 
 use sqlx::Row as _;
-use sqlx::postgres::PgPool;
+use sqlx::postgres::{PgPool, PgRow};
 use uuid::Uuid;
 
 use super::row::{Interner, event, event_columns};
@@ -59,17 +59,32 @@ pub async fn event_id(pool: &PgPool, seq: Seq) -> Result<Option<Uuid>, sqlx::Err
         .await
 }
 
-/// The newest event at or before `seq` that ends its transaction: its seq and id. None if the log holds none.
+/// The oldest event at or after `seq` that ends its transaction: its seq and id. None if the log ends before one does.
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn whole_at(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT seq, event_id FROM tidewire.event_log WHERE seq <= $1 AND tx_end ORDER BY seq DESC LIMIT 1",
-    )
-    .bind(seq.cast_signed())
-    .fetch_optional(pool)
-    .await?;
+pub async fn whole_after(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+    let found =
+        sqlx::query("SELECT seq, event_id FROM tidewire.event_log WHERE seq >= $1 AND tx_end ORDER BY seq LIMIT 1");
+    place(found.bind(seq.cast_signed()).fetch_optional(pool).await?)
+}
+
+/// The newest event at or before `seq` that ends its transaction: its seq and id. None if there is none among the last
+/// [`WHOLE_SEARCH_EVENTS`].
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn whole_before(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+    let found = sqlx::query(
+        "SELECT seq, event_id FROM tidewire.event_log WHERE seq <= $1 AND seq > $1 - $2 AND tx_end ORDER BY seq DESC LIMIT 1",
+    );
+    place(found.bind(seq.cast_signed()).bind(WHOLE_SEARCH_EVENTS).fetch_optional(pool).await?)
+}
+
+/// How far back the beginning of an open transaction is looked for: there is no index on the ends, and a node has to start.
+pub const WHOLE_SEARCH_EVENTS: i64 = 1_000_000;
+
+fn place(row: Option<PgRow>) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
     let Some(row) = row else { return Ok(None) };
     Ok(Some((row.try_get::<i64, _>(0)?.cast_unsigned(), row.try_get(1)?)))
 }

@@ -510,8 +510,10 @@ impl Session {
         let Some(place) = self.places.get_mut(index) else { return Pull::Idle(edge) };
         let frame_bytes = self.context.options.limits.frame_bytes;
         let whole = Whole::prefix(place.carry.iter(), CARRY_EVENTS, frame_bytes);
-        // Nothing whole yet: the next page has more of the transaction.
-        self.context.hub.frame_of(place.tap.group(), &whole).unwrap_or(Pull::Log)
+        let pulled = self.context.hub.frame_of(place.tap.group(), &whole);
+        // Nothing whole yet: the next page has more of the transaction, or nobody has.
+        let all = place.carry.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
+        pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
     }
 
     fn read_log(&mut self, index: usize) {

@@ -91,16 +91,17 @@ fn a_node_has_longer_to_stop_than_a_drain_may_take() {
 fn what_the_deployment_runs_are_commands_of_the_program() {
     let help = Command::new(env!("CARGO_BIN_EXE_tidewire")).arg("--help").output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    let known: BTreeSet<&str> =
-        help.lines().filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
+    let first = |line: &str| line.strip_prefix("  ")?.split_whitespace().next().map(str::to_owned);
+    let known: BTreeSet<String> = help.lines().filter_map(first).collect();
     let compose = read("docker-compose.cluster.yml");
     let dockerfile = read("deploy/Dockerfile");
     let (_, node) = compose.split_once("x-node: &node\n").unwrap();
     let serve = node.lines().find_map(|line| line.trim().strip_prefix("command: [\"")?.strip_suffix("\"]"));
-    let exec = compose.lines().filter_map(|line| line.split_once(" tidewire ")?.1.split_whitespace().next());
+    let after = " exec node1 tidewire ";
+    let exec = compose.lines().filter_map(|line| line.split_once(after)?.1.split_whitespace().next());
     let image = dockerfile.lines().filter_map(|line| line.strip_prefix("CMD [\"")?.split('"').next());
     let run: Vec<&str> = serve.into_iter().chain(exec).chain(image).collect();
-    assert!(run.len() >= 2, "{run:?}");
+    assert_eq!(run.len(), 3, "{run:?}");
     for command in run {
         assert!(known.contains(command), "{command} is not in {known:?}");
     }

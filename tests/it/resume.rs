@@ -342,3 +342,38 @@ async fn progress_moves_the_position_of_a_subscription_that_sees_nothing() {
     let mut client = cluster.node(0).client_after("orders", cursor).await;
     client.expect_nothing_more(&cluster.pool).await;
 }
+
+/// Found in review: positions inside a transaction were told, and a session that had read all there was of one never
+/// gave its thread back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_starts_inside_an_open_transaction_longer_than_its_ring_gives_it_whole() {
+    const OPEN: i64 = 12_000;
+    let mut cluster = TestCluster::start(1).await;
+    cluster.insert("orders", 1..=1).await;
+    cluster.node(0).reached(1).await;
+    cluster.stop(0).await;
+    // A leader that has relayed the beginning of a large transaction, and is no more.
+    let part = |from: i64, to: i64, tx_end: bool| {
+        format!(
+            "INSERT INTO tidewire.event_log (seq, xid, tx_end, omitted, event_id, table_name, operation, key_hash, row_key,
+                 after_data, created_at, relayed_at)
+             SELECT 1 + i, '900'::xid8, {tx_end}, false, gen_random_uuid(), 'public.orders', 'INSERT', 0,
+                    json_build_object('id', i), json_build_object('id', i, 'status', 'new'), now(), now()
+             FROM generate_series({from}, {to}) i"
+        )
+    };
+    cluster.run(&part(1, OPEN, false)).await;
+    cluster.set_relay(0, false);
+    cluster.start_again(0).await;
+    let node = cluster.node(0);
+    let edge = node.context().hub.edge();
+    assert_eq!(edge.boundary.seq, 1, "the newest end of a transaction");
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        clients.push(node.client("orders").await);
+    }
+    cluster.run(&part(OPEN + 1, OPEN + 1, true)).await;
+    for client in &mut clients {
+        client.expect_keys(1..=OPEN + 1).await;
+    }
+}

@@ -250,6 +250,14 @@ impl<'a> Rules<'a> {
     /// What is no batch's end stands between transactions: neither inside one of the log, nor where a batch has just said
     /// that it ends inside one. (Of a lost tail only the batch can say so.)
     fn between(&self, findings: &mut Findings) {
+        // Who begins with now is given a position; a cursor of a batch that said `open` may well be resumed from.
+        if self.subscription.asked.is_none()
+            && let Some((at, cursor)) = self.subscription.first
+            && self.inside(cursor).is_some()
+        {
+            let text = format!("{} began at {cursor}, which is inside a transaction", self.name());
+            findings.violation("atomic", at, text);
+        }
         let mut open = None;
         for step in &self.subscription.steps {
             match step.kind {

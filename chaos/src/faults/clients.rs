@@ -213,7 +213,9 @@ async fn strike(
             _ => None,
         }),
         Answer::Words(expected) => {
-            let said = raw.answer("a", ANSWER).await?;
+            let Some(said) = raw.answer("a", ANSWER).await? else {
+                return Ok(Some(format!("nothing within {ANSWER:?}")));
+            };
             // A node that cannot reach Postgres now may say so instead.
             let fits = expected.iter().chain(&["unavailable"]).any(|word| said.contains(word));
             Ok((!fits).then_some(said))

@@ -51,12 +51,9 @@ pub(super) async fn fill(act: &mut Act<'_>) -> anyhow::Result<()> {
 /// Whether Postgres refuses a megabyte in the tablespace for want of room.
 async fn no_room(scene: &Scene) -> bool {
     let Ok(mut connection) = scene.cluster.admin().await else { return false };
-    let probe = "CREATE TABLE public.chaos_probe AS SELECT repeat('x', 100) FROM generate_series(1, 10000)";
-    match connection.execute(probe).await {
-        Ok(_) => {
-            let _ = connection.execute("DROP TABLE public.chaos_probe").await;
-            false
-        }
-        Err(error) => error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(DISK_FULL)),
-    }
+    let probe = "BEGIN;
+        CREATE TABLE public.chaos_probe AS SELECT repeat('x', 100) FROM generate_series(1, 10000);
+        ROLLBACK";
+    let refused = connection.execute(probe).await.err();
+    refused.and_then(|error| Some(error.as_database_error()?.code()? == DISK_FULL)).unwrap_or(false)
 }

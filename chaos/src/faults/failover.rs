@@ -135,6 +135,11 @@ async fn log_end(connection: &mut PgConnection) -> anyhow::Result<(u64, u64)> {
     Ok((u64::try_from(seq)?, u64::try_from(rows)?))
 }
 
+async fn takes_writes(connection: &mut PgConnection) -> anyhow::Result<bool> {
+    let asked = sqlx::query_scalar("SELECT NOT pg_is_in_recovery()");
+    Ok(tokio::time::timeout(QUESTION, asked.fetch_one(connection)).await??)
+}
+
 async fn last_term(connection: &mut PgConnection) -> anyhow::Result<i64> {
     let asked = sqlx::query_scalar("SELECT coalesce(max(term), 0) FROM tidewire.terms");
     Ok(tokio::time::timeout(QUESTION, asked.fetch_one(connection)).await??)
@@ -180,8 +185,9 @@ async fn tempt(scene: &Scene, old: &OldPrimary) -> anyhow::Result<Temptation> {
     ways(wrong_way).for_each(|link| link.cut(Cut::Reset, Direction::Both));
     postgres.start_old_primary().await?;
     let mut connection = connect(&old.url).await.context("the old primary")?;
-    let accepted: bool = sqlx::query_scalar("SELECT NOT pg_is_in_recovery()").fetch_one(&mut connection).await?;
-    sqlx::query("SELECT tidewire.emit('chaos', '0', 'lure', '{}'::jsonb)").execute(&mut connection).await?;
+    let accepted = takes_writes(&mut connection).await?;
+    let lure = sqlx::query("SELECT tidewire.emit('chaos', '0', 'lure', '{}'::jsonb)").execute(&mut connection);
+    tokio::time::timeout(QUESTION, lure).await??;
     let before = (log_end(&mut connection).await?, last_term(&mut connection).await?);
     let asked = || ways(wrong_way).map(|link| link.bytes().0).sum::<u64>();
     let unasked = asked();
@@ -204,10 +210,23 @@ async fn tempt(scene: &Scene, old: &OldPrimary) -> anyhow::Result<Temptation> {
 /// Without a fault that records it: reads the lost tail if there is one, and makes a standby of the old primary.
 pub(super) async fn retire(scene: &Scene, old: &OldPrimary) -> anyhow::Result<()> {
     let postgres = scene.cluster.postgres();
-    if old.tail.is_some() {
-        let seen = tempt(scene, old).await?;
-        ensure!(seen.accepted, "the old primary is in recovery: its tail cannot be what was lost");
+    // An F12 that broke off may have left it running.
+    postgres.server(postgres.standby_slot()).stop(Stop::Immediate).await?;
+    if let Some((branch, fork)) = old.tail {
+        let ways = || scene.cluster.nodes().iter().map(|node| node.database_links()[postgres.standby_slot()]);
+        ways().for_each(|link| link.cut(Cut::Reset, Direction::Both));
+        let read = lost_tail(scene, old, branch, fork).await;
+        ways().for_each(Link::heal);
+        read?;
     }
     postgres.heal_replication();
     postgres.rebuild_standby().await
+}
+
+async fn lost_tail(scene: &Scene, old: &OldPrimary, branch: u32, fork: u64) -> anyhow::Result<()> {
+    scene.cluster.postgres().start_old_primary().await?;
+    let mut connection = connect(&old.url).await.context("the old primary")?;
+    ensure!(takes_writes(&mut connection).await?, "the old primary is in recovery: its tail cannot be what was lost");
+    truth::lost_tail(&old.url, &scene.recorder, branch, fork).await?;
+    Ok(())
 }

@@ -58,11 +58,14 @@ pub(super) async fn set(act: &mut Act<'_>) -> anyhow::Result<()> {
 async fn choose(act: &mut Act<'_>) -> anyhow::Result<String> {
     let node = act.cluster().nodes().iter().find(|node| node.running()).context("no node runs")?;
     let names = names(&node.failpoints().await?);
+    // A step that cannot wait does not sleep.
+    let waits = |name: &str| !(act.says("sleep") && name == "session.send");
     let often = |name: &&String| {
-        !matches!(
-            name.as_str(),
-            "election.resigning" | "relay.partition" | "feed.epoch" | "feed.read" | "resume.page" | "log.trim"
-        )
+        waits(name)
+            && !matches!(
+                name.as_str(),
+                "election.resigning" | "relay.partition" | "feed.epoch" | "feed.read" | "resume.page" | "log.trim"
+            )
     };
     let often: Vec<&String> = names.iter().filter(often).collect();
     Ok((*often.choose(&mut act.random).context("the server has no fail points")?).clone())

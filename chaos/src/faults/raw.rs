@@ -77,19 +77,19 @@ impl Raw {
         tokio::time::timeout(within, self.read_to_close()).await.unwrap_or(End::Open)
     }
 
-    /// The first text that names this subscription, which is the answer to the subscribe.
-    pub(super) async fn answer(&mut self, id: &str, within: Duration) -> anyhow::Result<String> {
+    /// The first text that names this subscription, which is the answer to the subscribe; None if there is none in time.
+    pub(super) async fn answer(&mut self, id: &str, within: Duration) -> anyhow::Result<Option<String>> {
         let named = format!(r#""id":"{id}""#);
         let answer = async {
             loop {
                 let (opcode, payload) = self.next_frame().await.context("the connection ended before the answer")?;
                 let text = String::from_utf8_lossy(&payload);
                 if opcode == TEXT && text.contains(&named) {
-                    return Ok(text.into_owned());
+                    return Ok(Some(text.into_owned()));
                 }
             }
         };
-        tokio::time::timeout(within, answer).await.context("no answer")?
+        tokio::time::timeout(within, answer).await.unwrap_or(Ok(None))
     }
 
     async fn read_to_close(&mut self) -> End {

@@ -122,6 +122,11 @@ impl TestCluster {
         &self.nodes[index]
     }
 
+    /// Whether a node may lead when it is started again.
+    pub(crate) fn set_relay(&mut self, index: usize, relay: bool) {
+        self.nodes[index].settings.relay = Some(relay);
+    }
+
     /// The node that leads.
     pub(crate) async fn leader(&self) -> usize {
         let leading = |node: &TestNode| node.node.is_some() && node.metrics().leader.get() == 1;

@@ -274,6 +274,15 @@ fn a_batch_that_ends_inside_a_transaction_as_if_it_were_whole() {
 }
 
 #[test]
+fn a_subscription_that_begins_inside_a_transaction() {
+    let mut history = History::small();
+    history.subscribe(2, None, at(1, 2));
+    history.deliver(2, &[3, 4]);
+    history.stop(2, at(1, 4));
+    history.breaks("atomic");
+}
+
+#[test]
 fn a_resume_that_begins_elsewhere() {
     let mut history = History::small();
     history.subscribe(2, Some(at(1, 1)), at(1, 3));
