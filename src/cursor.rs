@@ -159,12 +159,15 @@ impl Epochs {
         self.0.iter().find(|start| start.epoch == epoch).map(|start| start.start_seq)
     }
 
-    /// Up to where a log that was known up to the epoch `known` is still the same: the lowest start of those that came after;
-    /// several may have begun unseen. The newest one's where none did.
+    /// Up to where a log that was known by `known` is still the same: the lowest start of the epochs that only one of the two
+    /// lists has. Several may have begun unseen, and one may be gone with the primary that gave it. The newest one's start
+    /// where the lists are equal.
     #[must_use]
-    pub fn cut_since(&self, known: Epoch) -> Seq {
-        let unseen = self.0.iter().filter(|start| start.epoch > known).map(|start| start.start_seq).min();
-        unseen.or_else(|| self.start_of(self.newest())).unwrap_or_default()
+    pub fn cut_since(&self, known: &Self) -> Seq {
+        let news = self.0.iter().filter(|start| !known.0.contains(start));
+        let gone = known.0.iter().filter(|start| !self.0.contains(start));
+        let cut = news.chain(gone).map(|start| start.start_seq).min();
+        cut.or_else(|| self.start_of(self.newest())).unwrap_or_default()
     }
 
     /// The epoch in which the event that stands at `seq` now was numbered.
@@ -218,8 +221,21 @@ mod tests {
     fn whoever_missed_two_epochs_is_cut_where_the_first_of_them_began() {
         let start = |epoch, start_seq| EpochStart { epoch, start_seq };
         let epochs = Epochs::new(vec![start(1, 0), start(2, 50), start(3, 500)]);
-        assert_eq!([0, 1, 2, 3].map(|known| epochs.cut_since(known)), [0, 50, 500, 500]);
-        assert_eq!(Epochs::new(vec![start(1, 0), start(2, 90), start(3, 50)]).cut_since(1), 50);
+        let known = |count: usize| Epochs::new(epochs.0[..count].to_vec());
+        assert_eq!([0, 1, 2, 3].map(|count| epochs.cut_since(&known(count))), [0, 50, 500, 500]);
+        assert_eq!(Epochs::new(vec![start(1, 0), start(2, 90), start(3, 50)]).cut_since(&known(1)), 50);
+    }
+
+    #[test]
+    fn an_epoch_that_is_gone_takes_its_events_with_it() {
+        let list = |starts: &[(Epoch, Seq)]| {
+            Epochs::new(
+                starts.iter().map(|(epoch, start_seq)| EpochStart { epoch: *epoch, start_seq: *start_seq }).collect(),
+            )
+        };
+        let known = list(&[(1, 0), (2, 990)]);
+        assert_eq!(list(&[(1, 0), (2, 950)]).cut_since(&known), 950);
+        assert_eq!(list(&[(1, 0), (2, 1_000)]).cut_since(&known), 990);
     }
 
     #[test]

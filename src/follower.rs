@@ -43,6 +43,8 @@ const CHANNELS: &[&str] = &["tidewire_feed", "tidewire_wake", LEADER_CHANNEL, KE
 const KEYS_CHANNEL: &str = "tidewire_keys";
 /// Events of one reading of the log.
 const READ_EVENTS: usize = 2_000;
+/// And of bytes: rows of a megabyte must not take the node's memory.
+const READ_BYTES: usize = 16 << 20;
 /// The log's end is read at least this often, whatever the feed says.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 /// While delivery is held, or after a failure: this often at first, and at most the interval above.
@@ -348,7 +350,7 @@ impl Follower {
         for event in events.iter().filter(|event| event.operation == Operation::Schema) {
             self.registry.forget(&event.table);
         }
-        self.registry.acquaint(events.iter().map(|event| &event.table)).await?;
+        self.asked(self.registry.acquaint(events.iter().map(|event| &event.table))).await?;
         let version = self.registry.version();
         if std::mem::replace(&mut self.registry_version, version) != version {
             self.hub.forget_plans();
@@ -392,8 +394,18 @@ impl Follower {
     /// True: the ring has met the log's end. False: delivery is held, the database's incarnation is not vouched for yet.
     async fn catch_up(&mut self) -> Result<bool, sqlx::Error> {
         failpoint::hit("feed.reconcile").await?;
-        let pool = &self.database.pool();
-        let (known, newest_epoch) = self.asked(epochs(pool)).await?;
+        let mut pool = &self.database.pool();
+        let (mut known, mut newest_epoch) = self.asked(epochs(pool)).await?;
+        let fresh;
+        if self.started && known != self.hub.epochs() {
+            // Connections that were made before may still end at a primary that was left: new ones are refused there.
+            let renewed =
+                async { self.database.renew().await.map_err(|error| sqlx::Error::Configuration(error.into())) };
+            self.asked(renewed).await?;
+            fresh = self.database.pool();
+            pool = &fresh;
+            (known, newest_epoch) = self.asked(epochs(pool)).await?;
+        }
         let seen = self.incarnation.borrow().clone();
         let vouched = match (&newest_epoch, &seen) {
             (Some(row), Some(seen)) => row.incarnation == *seen && self.asked(epoch_has_term(pool, row.epoch)).await?,
@@ -413,7 +425,7 @@ impl Follower {
         self.metrics.epoch.set(i64::from(known.newest()));
         if known != self.hub.epochs() && self.started {
             failpoint::hit("feed.epoch").await?;
-            let start = known.cut_since(self.hub.epochs().newest());
+            let start = known.cut_since(&self.hub.epochs());
             let start_id = self.asked(read::event_id(pool, start)).await?;
             let whole = self.asked(read::whole_before(pool, start)).await?;
             self.keys.clear();
@@ -487,7 +499,7 @@ impl Follower {
             self.metrics.log_queries_total.with_label_values(&["follow"]).inc();
             failpoint::hit("feed.read").await?;
             let pool = self.database.pool();
-            let events = self.asked(read::events(&pool, after, through, READ_EVENTS)).await?;
+            let events = self.asked(read::events_within(&pool, after, through, READ_EVENTS, READ_BYTES)).await?;
             if events.first().is_none_or(|event| event.seq != after + 1) {
                 // Retention overtook us while we read: begin anew with the next turn.
                 self.started = false;

@@ -185,6 +185,7 @@ impl Hub {
     /// a position.
     pub fn restart(&self, base: Seq, base_id: Option<Uuid>, whole: Option<(Seq, Uuid)>, epochs: Epochs) {
         let routes = self.routes.lock();
+        let held = self.change();
         let start = Cursor::at(epochs.of(base), base, base_id.unwrap_or_default());
         let boundary = whole.map_or(start, |(seq, id)| Cursor::at(epochs.of(seq), seq, id));
         *self.epochs.write() = epochs;
@@ -194,7 +195,7 @@ impl Hub {
         }
         self.edge.send_modify(|edge| {
             (edge.deliverable, edge.boundary) = (start, boundary);
-            edge.generation += 1;
+            edge.held = held;
         });
         routes.iter().for_each(|group| group.wake_all());
         drop(routes);
@@ -209,7 +210,8 @@ impl Hub {
             return;
         }
         let routes = self.routes.lock();
-        let start = epochs.cut_since(self.epochs.read().newest());
+        let held = self.change();
+        let start = epochs.cut_since(&self.epochs.read());
         *self.epochs.write() = epochs;
         let (newest, id) = {
             let mut ring = self.ring.write();
@@ -234,11 +236,22 @@ impl Hub {
                     edge.boundary = boundary;
                 }
             }
-            edge.generation += 1;
+            edge.held = held;
         });
         routes.iter().for_each(|group| group.wake_all());
         drop(routes);
         self.tell_known();
+    }
+
+    /// Before the log is exchanged for another: nothing is delivered, and what was taken until then is told from what comes
+    /// after by its generation. Whether delivery was held before, to be put back at the end.
+    fn change(&self) -> bool {
+        let mut held = true;
+        self.edge.send_modify(|edge| {
+            held = std::mem::replace(&mut edge.held, true);
+            edge.generation += 1;
+        });
+        held
     }
 
     /// Stops or allows delivery.
@@ -413,8 +426,7 @@ impl Hub {
             last = Some(event);
         }
         let last = last?;
-        // What ends a subscription is a transaction of its own.
-        let open = whole.open && whole.events.last().is_some_and(|newest| newest.seq == last.seq);
+        let open = !last.tx_end;
         let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
         // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
         Some(match assembly.finish(end, open).into_iter().next() {
@@ -448,7 +460,7 @@ fn dispatch(routes: &Routes, whole: &Whole, epochs: &Epochs, end: Cursor, frame_
             slot.1.add(&group.plans, event, &span, frame_bytes);
             if let Some((reason, message)) = group.plans.broken_by(event) {
                 let assembly = std::mem::take(&mut slot.1);
-                let frames = assembly.finish(Cursor::at(epochs.of(event.seq), event.seq, event.id), false);
+                let frames = assembly.finish(Cursor::at(epochs.of(event.seq), event.seq, event.id), !event.tx_end);
                 let (group, because) = (Arc::clone(group), Some(Ended { seq: event.seq, reason, message }));
                 ended.insert(Arc::as_ptr(&group), Dispatched { group, frames, ended: because });
             }

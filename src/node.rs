@@ -39,6 +39,8 @@ use crate::telemetry::metrics::{Metrics, gauge};
 const BACKLOG: u32 = 4_096;
 /// Between two attempts to reach a database that was not there at the start.
 const BOOT_RETRY: Duration = Duration::from_millis(500);
+/// For the first answers of Postgres, migrations apart.
+const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two looks whether Postgres has been away for too long, and whether a drain is over.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// Tasks that do not end by themselves after a hard stop are left behind after this.
@@ -327,8 +329,11 @@ async fn boot(context: &Arc<Context>, config: &Config, tasks: Tasks) -> anyhow::
 }
 
 async fn prepare(context: &Context, config: &Config) -> anyhow::Result<()> {
-    context.database.probe().await?;
-    context.database.renew().await?;
+    let reached = async {
+        context.database.probe().await?;
+        context.database.renew().await
+    };
+    tokio::time::timeout(BOOT_PATIENCE, reached).await.context("Postgres does not answer")??;
     if config.settings.migrate.unwrap_or(true) {
         let outcome = migrate::migrate(&context.database.primary().await?).await?;
         if outcome.from != outcome.to {

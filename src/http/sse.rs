@@ -14,7 +14,9 @@ use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::SendTimeoutError;
 
 use crate::http::credentials::{self, Query};
 use crate::http::problem::Problem;
@@ -68,13 +70,37 @@ pub async fn stream(
         over: false,
         stopped: Box::pin(hard.cancelled_owned()),
     };
-    let mut response = Response::new(Body::from_stream(events));
+    // In a task of its own: a body that nobody reads is not polled, and revocation, drain and slowness happen in there.
+    let (sender, mut receiver) = tokio::sync::mpsc::channel(1);
+    context.lifecycle.spawn("sse", hand_over(events, sender, Arc::clone(&context)));
+    let pieces = futures_util::stream::poll_fn(move |task| receiver.poll_recv(task));
+    let mut response = Response::new(Body::from_stream(pieces));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // nginx would collect the stream.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
+}
+
+/// Passes the stream on until it ends, or the client goes, or accepts nothing for too long.
+async fn hand_over(events: Events, sender: Sender<Result<Bytes, Infallible>>, context: Arc<Context>) {
+    let mut events = std::pin::pin!(events);
+    loop {
+        let piece = tokio::select! {
+            piece = events.next() => piece,
+            () = sender.closed() => None,
+        };
+        let Some(piece) = piece else { return };
+        match sender.send_timeout(piece, context.options.slow_after).await {
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => {
+                context.metrics.slow_consumers_total.inc();
+                return;
+            }
+            Err(SendTimeoutError::Closed(_)) => return,
+        }
+    }
 }
 
 fn read(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Subscribe, Problem> {

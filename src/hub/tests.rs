@@ -165,6 +165,33 @@ fn a_node_that_slept_through_two_failovers_forgets_the_first_ones_tail() {
     assert_eq!((hub.high_water(), edge(&hub)), (1, (1, 1)));
 }
 
+/// The second of two primaries never heard of the first one's epoch, and gave its own.
+#[test]
+fn an_epoch_that_is_gone_takes_its_events_with_it() {
+    let hub = hub();
+    let list = |starts: [(u32, Seq); 2]| {
+        Epochs::new(starts.map(|(epoch, start_seq)| EpochStart { epoch, start_seq }).to_vec())
+    };
+    hub.restart(0, None, None, list([(1, 0), (2, 2)]));
+    hub.append(&[insert(1), insert(2), insert(3), insert(4)], Instant::now()).unwrap();
+    let third = Uuid::from_u128(3);
+    hub.set_epochs(list([(1, 0), (7, 3)]), Some(third), Some((3, third)));
+    assert_eq!(hub.high_water(), 2);
+}
+
+#[test]
+fn a_transaction_that_a_subscription_ends_in_is_not_called_whole() {
+    let torn = [inside(1), Event { tx_end: false, ..drops(2, "a") }, insert(3)];
+    let is_open = |pull: Pull| matches!(pull, Pull::Frame(frame) if frame.open);
+    let live = hub();
+    let tap = join(&live);
+    live.append(&torn, Instant::now()).unwrap();
+    assert!(is_open(tap.pull(0)));
+    let late = hub();
+    late.append(&torn, Instant::now()).unwrap();
+    assert!(is_open(join(&late).pull(0)), "catching up");
+}
+
 #[test]
 fn whoever_waits_inside_a_transaction_is_woken_at_its_end_even_if_that_is_not_for_him() {
     let hub = hub();

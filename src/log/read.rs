@@ -1,5 +1,6 @@
 //! Reading the log by position.
 
+use futures_util::TryStreamExt as _;
 use sqlx::Row as _;
 use sqlx::postgres::{PgPool, PgRow};
 use uuid::Uuid;
@@ -29,23 +30,42 @@ pub async fn bounds(pool: &PgPool) -> Result<Bounds, sqlx::Error> {
     Ok(Bounds { oldest: oldest.cast_unsigned(), newest: newest.cast_unsigned() })
 }
 
+const EVENTS: &str =
+    concat!("SELECT ", event_columns!(), " FROM tidewire.event_log WHERE seq > $1 AND seq <= $2 ORDER BY seq LIMIT $3");
+
 /// The events after `after` through `through`, at most `limit`, in order. What retention dropped is missing at the front.
 ///
 /// # Errors
 /// When Postgres refuses.
 pub async fn events(pool: &PgPool, after: Seq, through: Seq, limit: usize) -> Result<Vec<Event>, sqlx::Error> {
-    let rows = sqlx::query(concat!(
-        "SELECT ",
-        event_columns!(),
-        " FROM tidewire.event_log WHERE seq > $1 AND seq <= $2 ORDER BY seq LIMIT $3"
-    ))
-    .bind(after.cast_signed())
-    .bind(i64::try_from(through).unwrap_or(i64::MAX))
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-    .fetch_all(pool)
-    .await?;
-    let mut intern = Interner::default();
-    rows.iter().map(|row| event(row, &mut intern)).collect()
+    events_within(pool, after, through, limit, usize::MAX).await
+}
+
+/// Like [`events`], at most `limit` and, where they are large, about `max_bytes` of them; at least one if there is one.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn events_within(
+    pool: &PgPool,
+    after: Seq,
+    through: Seq,
+    limit: usize,
+    max_bytes: usize,
+) -> Result<Vec<Event>, sqlx::Error> {
+    let asked = sqlx::query(EVENTS)
+        .bind(after.cast_signed())
+        .bind(i64::try_from(through).unwrap_or(i64::MAX))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX));
+    let mut rows = asked.fetch(pool);
+    let (mut intern, mut events, mut bytes) = (Interner::default(), Vec::new(), 0);
+    while bytes < max_bytes
+        && let Some(row) = rows.try_next().await?
+    {
+        let event = event(&row, &mut intern)?;
+        bytes += event.bytes();
+        events.push(event);
+    }
+    Ok(events)
 }
 
 /// The id of the event at `seq`, if it is still there.

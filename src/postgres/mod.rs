@@ -1,6 +1,6 @@
 //! Connections to Postgres: the pool, connections of one's own, and which server this is.
 //!
-//! `database_url` may name several hosts; the first that is not in recovery is the primary. Whatever connects says which
+//! `database_url` may name several hosts; of those that are not in recovery, the one on the newest timeline is the primary. Whatever connects says which
 //! incarnation of the database it found ([`Incarnation`]); an older timeline than one seen before is refused, a
 //! different one is announced, so that the follower can hold delivery until the log's epoch is known.
 //!
@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _};
 use tokio::sync::watch;
@@ -26,6 +28,8 @@ pub use identity::{Identity, Incarnation};
 
 /// How long one connection attempt may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the other hosts may take once one has answered that it is a primary.
+const OTHERS_PATIENCE: Duration = Duration::from_millis(250);
 /// How long a statement may wait for a pooled connection.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A pooled session left idle inside a transaction by a bug frees its locks after this.
@@ -117,27 +121,47 @@ impl Database {
         self.find(true).await.map(|(connection, incarnation, _)| (connection, incarnation))
     }
 
+    /// All hosts are asked at once, so that one that swallows everything holds up nobody, and of several that take writes the
+    /// newest timeline counts: the others are primaries that were left.
     async fn find(&self, observe: bool) -> Result<(PgConnection, Incarnation, PgConnectOptions), ConnectError> {
+        let mut tries: FuturesUnordered<_> = self
+            .hosts
+            .iter()
+            .map(|options| async move {
+                let attempt = async {
+                    let mut connection = PgConnection::connect_with(options).await?;
+                    let found = identity::ask(&mut connection).await?;
+                    Ok::<_, sqlx::Error>((connection, found))
+                };
+                (options, tokio::time::timeout(CONNECT_TIMEOUT, attempt).await)
+            })
+            .collect();
+        let mut best: Option<(PgConnection, Incarnation, &PgConnectOptions)> = None;
         let mut failure = ConnectError::OnlyStandbys;
-        for options in &self.hosts {
-            let attempt = async {
-                let mut connection = PgConnection::connect_with(options).await?;
-                let found = identity::ask(&mut connection).await?;
-                Ok::<_, sqlx::Error>((connection, found))
+        let mut patience = std::pin::pin!(tokio::time::sleep(CONNECT_TIMEOUT * 2));
+        loop {
+            let next = tokio::select! {
+                next = tries.next() => next,
+                () = &mut patience => None,
             };
-            match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
-                Ok(Ok((connection, Some(incarnation)))) => {
-                    if observe {
-                        self.identity.observe(&incarnation)?;
+            let Some((options, tried)) = next else { break };
+            match tried {
+                Ok(Ok((connection, Some(found)))) => {
+                    if best.as_ref().is_none_or(|(_, known, _)| found.timeline > known.timeline) {
+                        best = Some((connection, found, options));
                     }
-                    return Ok((connection, incarnation, options.clone()));
+                    patience.as_mut().reset(tokio::time::Instant::now() + OTHERS_PATIENCE);
                 }
                 Ok(Ok((_, None))) => {}
                 Ok(Err(error)) => failure = ConnectError::Unreachable(error),
                 Err(_) => failure = ConnectError::Unreachable(timed_out()),
             }
         }
-        Err(failure)
+        let Some((connection, found, options)) = best else { return Err(failure) };
+        if observe {
+            self.identity.observe(&found)?;
+        }
+        Ok((connection, found, options.clone()))
     }
 
     /// How to connect to the primary of this moment.

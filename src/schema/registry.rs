@@ -24,8 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::TableInfo;
 use crate::filter::{Column, ColumnType};
-use crate::postgres::Database;
 use crate::postgres::listen::Wakeups;
+use crate::postgres::{Database, within};
 use crate::table_name::{TableName, is_event};
 
 /// Between two looks at all tracked tables, for what no notification told.
@@ -36,6 +36,8 @@ const REFRESH_PAUSE: Duration = Duration::from_millis(200);
 const MAX_GONE: usize = 10_000;
 /// After a look that failed.
 const REFRESH_RETRY: Duration = Duration::from_secs(1);
+/// One question to Postgres. A network that swallowed it, and then the end of the connection, would be waited for for ever.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is known about a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -215,7 +217,7 @@ impl Registry {
     /// Postgres could not be asked; what was known stays.
     pub async fn refresh(&self) -> Result<(), sqlx::Error> {
         let began = self.known.read().doubts;
-        let rows = sqlx::query(ALL_TRACKED).fetch_all(&self.database.pool()).await?;
+        let rows = within(ASK_TIMEOUT, sqlx::query(ALL_TRACKED).fetch_all(&self.database.pool())).await?;
         let read = rows.iter().map(|row| table_info(row).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
         let mut news = false;
         {
@@ -312,7 +314,9 @@ impl Registry {
                 asked.push(name);
             }
         }
-        let rows = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(&self.database.pool()).await?;
+        let pool = self.database.pool();
+        let asking = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(&pool);
+        let rows = within(ASK_TIMEOUT, asking).await?;
         let mut found = HashMap::with_capacity(asked.len());
         for row in &rows {
             let position: i64 = row.try_get("position")?;

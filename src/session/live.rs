@@ -17,13 +17,13 @@ use tokio::sync::watch;
 
 use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
-use crate::cursor::{Cursor, EpochFault, Seq};
+use crate::cursor::{Cursor, Seq};
 use crate::event::Event;
 use crate::failpoint;
 use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
 use crate::hub::ring::Whole;
-use crate::hub::{Pull, Tap};
+use crate::hub::{Edge, Pull, Tap};
 use crate::mutant::{self, Mutant};
 use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
@@ -168,6 +168,12 @@ impl Session {
     /// Something else came in: a ping, a pong.
     pub fn heard(&mut self) {
         self.machine.heard(Instant::now());
+    }
+
+    /// Answers that wait to be sent.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        self.machine.backlog()
     }
 
     /// Until when the client is not to be read.
@@ -421,12 +427,13 @@ impl Session {
         let now = Instant::now();
         let edge = self.context.hub.edge();
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
-        if place.generation != edge.generation && !edge.held {
-            place.generation = edge.generation;
-            if let Some(step) = self.judge_anew(index) {
-                return step;
+        if place.generation != edge.generation {
+            if edge.held {
+                // Judged when the hold ends, which wakes it; until then nothing of the changed log counts.
+                return Step::Nothing;
             }
-            return Step::Skipped;
+            place.generation = edge.generation;
+            return self.judge_anew(index).unwrap_or(Step::Skipped);
         }
         if place.reading {
             return Step::Nothing;
@@ -438,6 +445,10 @@ impl Session {
             true => place.tap.pull(place.passed),
             false => self.pull_carried(index),
         };
+        if self.context.hub.edge().generation != edge.generation {
+            // The log changed while this was taken from it: it may be half of the one and half of the other.
+            return Step::Skipped;
+        }
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
         match pull {
             Pull::Frame(frame) => {
@@ -462,7 +473,7 @@ impl Session {
                 Step::Skipped
             }
             Pull::Log => {
-                self.read_log(index);
+                self.read_log(index, edge);
                 // Look again: what was just begun must be polled once, or nothing would wake us when it is done.
                 Step::Begun
             }
@@ -492,7 +503,8 @@ impl Session {
         place.carry.clear();
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
-        let diverged = epochs.admit(&position) == Err(EpochFault::Diverged) && !mutant::is(Mutant::DivergedNotTold);
+        // An epoch that is no more was lost with its tail.
+        let diverged = epochs.admit(&position).is_err() && !mutant::is(Mutant::DivergedNotTold);
         if diverged || mutant::is(Mutant::ResyncEverybody) {
             let what = "the database was rewound to before this position; what came after it never happened";
             let id = place.id.to_string();
@@ -516,8 +528,7 @@ impl Session {
         pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
     }
 
-    fn read_log(&mut self, index: usize) {
-        let edge = self.context.hub.edge();
+    fn read_log(&mut self, index: usize, edge: Edge) {
         let Some(place) = self.places.get_mut(index) else { return };
         if !std::mem::replace(&mut place.fell_back, true) {
             self.context.metrics.fallbacks_total.with_label_values(&["log"]).inc();
@@ -556,8 +567,20 @@ impl Session {
                 let id = id.to_string();
                 self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));
             }
-            // A page that was cached before it had grown; its name changes with the log's end.
-            None => {}
+            None if self.context.hub.oldest().is_some_and(|oldest| have < oldest.seq) => {
+                let what = "the position left the log while the client was connected: read the state anew";
+                let id = id.to_string();
+                self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));
+            }
+            // Dropped by retention, and this node does not know it yet. Not again at once: the answer is remembered.
+            None => {
+                place.reading = true;
+                let id = Arc::clone(id);
+                self.work.push(Box::pin(async move {
+                    tokio::time::sleep(LOG_RETRY).await;
+                    Done::Page(id, generation, Err(()))
+                }));
+            }
         }
     }
 }

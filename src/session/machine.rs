@@ -146,6 +146,12 @@ impl Machine {
         self.outputs.pop_front()
     }
 
+    /// What is still to be done.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        self.outputs.len()
+    }
+
     /// Whether the connection is over.
     #[must_use]
     pub fn is_closed(&self) -> bool {

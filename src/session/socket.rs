@@ -21,6 +21,8 @@ use crate::protocol::message::ServerMessage;
 use crate::session::Context;
 use crate::session::live::{Emit, Session};
 
+/// Answers that wait for a client that does not read them; with more, it is not read either.
+const MAX_BACKLOG: usize = 64;
 /// Time for the client to answer our close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Frames that one poll writes before other tasks of the thread get their turn.
@@ -41,6 +43,7 @@ pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
         pause: None,
         closing: None,
         slow: false,
+        held_back: false,
         dirty: false,
     };
     tokio::select! {
@@ -63,6 +66,8 @@ struct Served {
     closing: Option<Pin<Box<tokio::time::Sleep>>>,
     // Why: it accepted nothing for too long.
     slow: bool,
+    // Its messages wait until it has taken our answers.
+    held_back: bool,
     dirty: bool,
 }
 
@@ -77,6 +82,9 @@ impl Served {
         if self.poll_inbound(task) || self.poll_outbound(task) || self.poll_slow(task) {
             return Poll::Ready(());
         }
+        if self.held_back && self.session.backlog() < MAX_BACKLOG {
+            task.waker().wake_by_ref();
+        }
         match self.closing.as_mut() {
             Some(timer) => timer.as_mut().poll(task),
             None => Poll::Pending,
@@ -86,6 +94,10 @@ impl Served {
     /// True: the connection is gone.
     fn poll_inbound(&mut self, task: &mut TaskContext<'_>) -> bool {
         loop {
+            self.held_back = self.session.backlog() >= MAX_BACKLOG;
+            if self.held_back {
+                return false;
+            }
             if let Some(pause) = self.pause.as_mut() {
                 if pause.as_mut().poll(task).is_pending() {
                     return false;

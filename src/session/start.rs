@@ -382,12 +382,10 @@ async fn settled(context: &Context) -> Result<Edge, WireError> {
 /// Whether the log continues after `cursor`, and from where it is read.
 async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source, u64), NotStarted> {
     let mut edge = edge;
-    if let Err(EpochFault::Unknown) = context.hub.epochs().admit(&cursor) {
-        // An epoch that this node has not heard of yet.
-        edge = after_reconcile(context, edge, cursor.seq).await?;
-    }
-    if cursor.seq > edge.deliverable.seq {
-        edge = after_reconcile(context, edge, cursor.seq).await?;
+    // Or of an epoch that this node has not heard of yet.
+    let unknown = context.hub.epochs().admit(&cursor) == Err(EpochFault::Unknown);
+    if unknown || cursor.seq > edge.deliverable.seq {
+        edge = after_reconcile(context, &cursor).await?;
     }
     if !mutant::is(Mutant::DivergedNotTold) {
         admit(context, cursor, edge).await?;
@@ -464,22 +462,28 @@ async fn page(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Seq>, No
     Ok(page.iter().map(|event| event.seq).find(|found| *found >= seq))
 }
 
-/// Asks the follower for the log's end and waits until this node has reached `seq`, or knows that the log has not.
-async fn after_reconcile(context: &Context, from: Edge, seq: Seq) -> Result<Edge, WireError> {
+/// Asks the follower for the log's end and waits until this node has reached the cursor, or knows that the log has not, or
+/// has lost it. A new epoch alone says none of that: the node may have heard of it and not have read on yet.
+async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, WireError> {
     let until = Instant::now() + PATIENCE;
     let mut edges = context.hub.watch_edge();
     loop {
         let edge = *edges.borrow_and_update();
-        if !edge.held && (edge.deliverable.seq >= seq || edge.generation != from.generation) {
-            return Ok(edge);
+        let known = context.hub.epochs();
+        let admitted = known.admit(cursor);
+        match admitted {
+            Err(EpochFault::Diverged) if !edge.held => return Ok(edge),
+            Ok(()) if !edge.held && edge.deliverable.seq >= cursor.seq => return Ok(edge),
+            _ => {}
         }
         context.follower.reconcile();
         // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
         let pool = context.database.pool();
         if let Ok(bounds) = within(RETRY * 5, read::bounds(&pool)).await {
             let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
-            let same = epochs.is_ok_and(|(epochs, _)| epochs == context.hub.epochs());
-            if same && bounds.newest < seq && !context.hub.edge().held {
+            let same = epochs.is_ok_and(|(epochs, _)| epochs == known);
+            let nowhere = admitted == Err(EpochFault::Unknown) || bounds.newest < cursor.seq;
+            if same && nowhere && !context.hub.edge().held {
                 return Ok(context.hub.edge());
             }
         }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tidewire::client::{ConnectOptions, Event, SubscribeOptions, Transition};
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::client::{TestClient, key_of};
 use crate::support::cluster::TestCluster;
@@ -370,4 +371,24 @@ async fn a_large_transaction_arrives_whole_and_alone() {
     assert_eq!(large.iter().filter(|event| event.tx_end).count(), 1);
     assert_eq!(small.iter().map(|event| key_of(event)).collect::<Vec<_>>(), [-1, -2]);
     assert_eq!(large.last().unwrap().seq - large[0].seq, ROWS as u64 - 1, "nothing stands in between");
+}
+
+/// Found in review: answers to a client that reads none of them were kept without a limit.
+#[tokio::test]
+async fn a_client_that_takes_no_answers_is_not_heard_until_it_does() {
+    let cluster = TestCluster::with(1, |settings| {
+        settings.messages_per_s = Some(100_000);
+        settings.slow_after_ms = Some(600_000);
+    })
+    .await;
+    let mut wire = cluster.node(0).wire().await;
+    let ping = json!({"type": "ping", "t": "x".repeat(60_000)}).to_string();
+    let mut sent = 0;
+    while sent < 2_000 && wire.takes(Message::text(ping.clone())).await {
+        sent += 1;
+    }
+    assert!(sent < 2_000, "120 MB of questions were taken from a client that reads no answer");
+    for _ in 0..sent {
+        wire.expect("pong").await;
+    }
 }

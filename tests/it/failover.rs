@@ -1,9 +1,12 @@
 //! Leaders, connections and Postgres itself come and go; the feed goes on, and nothing is lost, repeated or reordered.
 
+use std::time::Duration;
+
 use serde_json::json;
+use tidewire::postgres::Database;
 
 use crate::support::cluster::TestCluster;
-use crate::support::postgres::own_server;
+use crate::support::postgres::{database, own_server};
 use crate::support::{answered, eventually};
 
 #[tokio::test]
@@ -165,4 +168,19 @@ async fn a_node_starts_without_postgres_and_serves_when_it_is_there() {
     let mut client = cluster.node(0).client("orders").await;
     cluster.insert("orders", 1..=3).await;
     client.expect_keys(1..=3).await;
+}
+
+/// Found in review: the pool was never moved to a primary that stands behind such a host in the list.
+#[tokio::test]
+async fn a_host_that_swallows_everything_does_not_hide_the_primary_behind_it() {
+    let database = database().await;
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = url::Url::parse(&database.url).unwrap();
+    let host = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
+    let both = database.url.replacen(&host, &format!("{},{host}", silent.local_addr().unwrap()), 1);
+    let connections = Database::new(&both, None, "test", 2).unwrap();
+    let renewed = tokio::time::timeout(Duration::from_millis(2_500), connections.renew()).await;
+    renewed.expect("before the follower gives up").unwrap();
+    let answer: i32 = sqlx::query_scalar("SELECT 42").fetch_one(&connections.pool()).await.unwrap();
+    assert_eq!(answer, 42);
 }

@@ -307,6 +307,61 @@ async fn a_slow_reader_gets_everything_though_memory_has_moved_on() {
     assert!(fell_back("log") > 0);
 }
 
+/// Found in review: the page that was to be read was wholly gone, and the session asked for it without end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_slow_reader_whose_position_has_left_the_log_is_told() {
+    let cluster = TestCluster::with(1, |settings| {
+        settings.ring_bytes = Some(1 << 20);
+        settings.slow_after_ms = Some(600_000);
+    })
+    .await;
+    let node = cluster.node(0);
+    let mut wire = node.wire().await;
+    wire.subscribe("o", "orders").await;
+    wire.expect("caught_up").await;
+    let rows = 10_000;
+    fill(&cluster, 1..=rows).await;
+    node.reached(rows as u64).await;
+    eventually("the ring has let go of what the reader needs", || node.context().hub.ring_base() > 8_000).await;
+    cluster.run("DELETE FROM tidewire.event_log WHERE seq <= 7000").await;
+    let resync = wire.find("resync_required").await;
+    assert_eq!(resync["reason"], "too_far_behind");
+}
+
+/// Found in review: between hearing of an epoch and reading on, a node called such a cursor one of another cluster.
+#[tokio::test]
+async fn a_cursor_is_waited_for_also_by_a_node_that_is_just_learning_of_a_new_epoch() {
+    let cluster = TestCluster::start(2).await;
+    let leader = cluster.leader().await;
+    let (ahead, behind) = (cluster.node(leader), cluster.node(1 - leader));
+    behind.client("orders").await.disconnect().await;
+    behind.proxy.stall();
+    let mut client = ahead.client("orders").await;
+    cluster.insert("orders", 1..=10).await;
+    client.expect_keys(1..=10).await;
+    let cursor = client.disconnect().await;
+    // As after a failover that has lost nothing.
+    cluster
+        .run(
+            "INSERT INTO tidewire.epochs (epoch, system_identifier, timeline, start_seq, reason)
+             SELECT 2, system_identifier, timeline, 10, 'test' FROM tidewire.epochs;
+             INSERT INTO tidewire.terms (term, epoch, node, pid, feed_pid, feed_key)
+             SELECT term + 1, 2, node, pid, feed_pid, feed_key FROM tidewire.terms ORDER BY term DESC LIMIT 1",
+        )
+        .await;
+    let resuming = behind.client_after("orders", cursor);
+    let mending = async {
+        eventually("the client is connected", || {
+            behind.context().connections.load(std::sync::atomic::Ordering::Relaxed) == 1
+        })
+        .await;
+        behind.proxy.restore();
+    };
+    let (mut client, ()) = tokio::join!(resuming, mending);
+    cluster.insert("orders", 11..=12).await;
+    client.expect_keys([11, 12]).await;
+}
+
 #[tokio::test]
 async fn a_client_goes_on_by_itself_when_its_node_dies() {
     let mut cluster = TestCluster::start(2).await;

@@ -122,3 +122,21 @@ async fn a_revoked_key_ends_its_streams() {
     assert_eq!(stream.expect("error").await.data["code"], "unauthenticated");
     assert_eq!(stream.event().await, None);
 }
+
+/// Found in review: a stream's time-outs, and the end of its key, were looked at only while the client read.
+#[tokio::test]
+async fn a_stream_that_nobody_reads_is_ended() {
+    let cluster = TestCluster::with(1, |settings| settings.slow_after_ms = Some(500)).await;
+    let node = cluster.node(0);
+    let connections = || node.context().connections.load(std::sync::atomic::Ordering::Relaxed);
+    let stream = open(node, &cluster.key, "table=public.orders", None).await;
+    assert_eq!((stream.status, connections()), (200, 1));
+    // More than the buffers between take.
+    for n in 0..20 {
+        let sql = "INSERT INTO orders (id, note) SELECT g, repeat('x', 4000) FROM generate_series";
+        cluster.run(&format!("{sql}({}, {}) g", n * 500, n * 500 + 499)).await;
+    }
+    eventually("the stream has ended", || connections() == 0).await;
+    assert_eq!(node.metrics().slow_consumers_total.get(), 1);
+    drop(stream);
+}

@@ -54,6 +54,11 @@ impl Wire {
         within("sending", self.socket.send(message)).await.expect("the socket takes a message");
     }
 
+    /// Sends, if the connection takes it within a second.
+    pub(crate) async fn takes(&mut self, message: Message) -> bool {
+        matches!(tokio::time::timeout(std::time::Duration::from_secs(1), self.socket.send(message)).await, Ok(Ok(())))
+    }
+
     /// Subscribes from now and waits until that stands.
     pub(crate) async fn subscribe(&mut self, id: &str, table: &str) -> Value {
         self.say(json!({"type": "subscribe", "id": id, "tables": [table]})).await;
