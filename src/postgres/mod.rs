@@ -1,8 +1,9 @@
 //! Connections to Postgres: the pool, connections of one's own, and which server this is.
 //!
-//! `database_url` may name several hosts; of those that are not in recovery, the one on the newest timeline is the primary. Whatever connects says which
-//! incarnation of the database it found ([`Incarnation`]); an older timeline than one seen before is refused, a
-//! different one is announced, so that the follower can hold delivery until the log's epoch is known.
+//! `database_url` may name several hosts; of those that are not in recovery, the one on the newest timeline is the
+//! primary. Whatever connects says which incarnation of the database it found ([`Incarnation`]); an older timeline than
+//! one seen before is refused, a different one is announced, so that the follower can hold delivery until the log's epoch
+//! is known.
 //!
 //! A cancelled `Pool::begin` poisons the pooled connection (sqlx 0.9.0), so nothing here or above calls it: statements
 //! through the pool are single ones, and whoever needs a transaction owns its connection.

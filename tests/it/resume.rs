@@ -5,6 +5,7 @@ use tidewire::client::{ClientError, ResyncReason, Source, Start, SubscribeOption
 use tidewire::cursor::Cursor;
 
 use crate::support::cluster::{TestCluster, TestNode};
+use crate::support::wire::Wire;
 use crate::support::{eventually, within};
 
 /// More than a ring of 1 MiB holds.
@@ -277,8 +278,11 @@ async fn storm(node: &TestNode, clients: usize, cursor: Cursor, keys: std::ops::
     futures_util::future::join_all(returning).await;
 }
 
-#[tokio::test]
-async fn a_slow_reader_gets_everything_though_memory_has_moved_on() {
+/// Rows that a slow reader has not read.
+const BEHIND: i64 = 10_000;
+
+/// A subscriber who has read nothing of [`BEHIND`] rows, most of which are in memory no more.
+async fn behind_the_ring() -> (TestCluster, Wire) {
     let cluster = TestCluster::with(1, |settings| {
         settings.ring_bytes = Some(1 << 20);
         settings.slow_after_ms = Some(600_000);
@@ -289,12 +293,17 @@ async fn a_slow_reader_gets_everything_though_memory_has_moved_on() {
     wire.subscribe("o", "orders").await;
     wire.expect("caught_up").await;
     // Nothing is read meanwhile: buffers of the sockets fill, then the position stays behind.
-    let rows = 10_000;
-    fill(&cluster, 1..=rows).await;
-    node.reached(rows as u64).await;
+    fill(&cluster, 1..=BEHIND).await;
+    node.reached(BEHIND as u64).await;
     eventually("the ring has let go of what the reader needs", || node.context().hub.ring_base() > 8_000).await;
+    (cluster, wire)
+}
+
+#[tokio::test]
+async fn a_slow_reader_gets_everything_though_memory_has_moved_on() {
+    let (cluster, mut wire) = behind_the_ring().await;
     let mut next = 1;
-    while next <= rows {
+    while next <= BEHIND {
         let message = wire.message().await;
         if message["type"] == "events" {
             for event in message["events"].as_array().unwrap() {
@@ -303,26 +312,14 @@ async fn a_slow_reader_gets_everything_though_memory_has_moved_on() {
             }
         }
     }
-    let fell_back = |to: &str| node.metrics().fallbacks_total.with_label_values(&[to]).get();
+    let fell_back = |to: &str| cluster.node(0).metrics().fallbacks_total.with_label_values(&[to]).get();
     assert!(fell_back("log") > 0);
 }
 
 /// Found in review: the page that was to be read was wholly gone, and the session asked for it without end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_slow_reader_whose_position_has_left_the_log_is_told() {
-    let cluster = TestCluster::with(1, |settings| {
-        settings.ring_bytes = Some(1 << 20);
-        settings.slow_after_ms = Some(600_000);
-    })
-    .await;
-    let node = cluster.node(0);
-    let mut wire = node.wire().await;
-    wire.subscribe("o", "orders").await;
-    wire.expect("caught_up").await;
-    let rows = 10_000;
-    fill(&cluster, 1..=rows).await;
-    node.reached(rows as u64).await;
-    eventually("the ring has let go of what the reader needs", || node.context().hub.ring_base() > 8_000).await;
+    let (cluster, mut wire) = behind_the_ring().await;
     cluster.run("DELETE FROM tidewire.event_log WHERE seq <= 7000").await;
     let resync = wire.find("resync_required").await;
     assert_eq!(resync["reason"], "too_far_behind");
