@@ -53,7 +53,7 @@ settings! {
     relay: bool, "TIDEWIRE_RELAY";
     /// How writers wake a parked relay: notify, or poll for databases that use PREPARE TRANSACTION [default: notify]
     wake: Wake, "TIDEWIRE_WAKE";
-    /// Events a relay batch, 1 to 50000 [default: 5000]
+    /// Most events a relay batch, 1 to 50000; fewer while they are large [default: 5000]
     relay_batch: u32, "TIDEWIRE_RELAY_BATCH";
     /// Silence after which Postgres ends the leader's session, milliseconds, at least 1500 [default: 2000]
     lease_ms: u64, "TIDEWIRE_LEASE_MS";

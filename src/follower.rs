@@ -50,12 +50,15 @@ const RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 /// While delivery is held, or after a failure: this often at first, and at most the interval above.
 const RETRY_BASE: Duration = Duration::from_millis(50);
 const RETRY_CAP: Duration = Duration::from_secs(1);
-/// A leader is heard every second; after this silence the LISTEN connection is not believed any more.
+/// A leader is heard every second; after this silence Postgres is asked whether it is there: with [`STATEMENT_TIMEOUT`], a
+/// node that is cut off knows within 5 s.
+const QUIET: Duration = Duration::from_secs(2);
+/// After this silence the LISTEN connection is not believed any more.
 const SILENCE: Duration = Duration::from_secs(3);
 /// The loop turns at least this often.
 const TURN: Duration = Duration::from_millis(500);
 /// Longest wait for one statement: shorter than [`PAUSE`](belief::PAUSE), so that a dead connection is not taken for one.
-const STATEMENT_TIMEOUT: Duration = Duration::from_millis(2_500);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Events that a starting node takes from the log into its ring.
 const WARM_EVENTS: u64 = 10_000;
 /// Keys of terms that are kept.
@@ -133,6 +136,8 @@ pub struct Follower {
     started: bool,
     retry: Backoff,
     heard: Instant,
+    // The last silence that Postgres was asked in.
+    asked: Instant,
 }
 
 /// What the loop wakes up for.
@@ -176,6 +181,7 @@ impl Follower {
             started: false,
             retry: Backoff::new(RETRY_BASE, RETRY_CAP),
             heard: Instant::now(),
+            asked: Instant::now(),
         };
         (follower, handle, changed_keys)
     }
@@ -232,6 +238,7 @@ impl Follower {
                 let _ = self.key_changes.try_send(None);
                 self.registry.forget_strangers();
             }
+            let cause = cause.or_else(|| self.quiet());
             if self.heard.elapsed() > SILENCE && self.state.listening.load(Ordering::Acquire) {
                 // No leader, or a connection that is dead without knowing it; a new one costs little.
                 self.heard = Instant::now();
@@ -241,6 +248,15 @@ impl Follower {
                 next_reconcile = Instant::now() + self.reconcile(cause).await;
             }
         }
+    }
+
+    /// Some: nothing has been heard for a while, and Postgres was not asked since.
+    fn quiet(&mut self) -> Option<&'static str> {
+        let asks = self.asked <= self.heard && self.heard.elapsed() > QUIET;
+        if asks {
+            self.asked = Instant::now();
+        }
+        asks.then_some("quiet")
     }
 
     fn set_listening(&self, listening: bool) {

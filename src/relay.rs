@@ -11,6 +11,7 @@
 
 mod announce;
 pub mod election;
+mod portion;
 mod upkeep;
 
 use std::collections::HashMap;
@@ -21,6 +22,7 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::event::Event;
 use crate::failpoint;
 use crate::log::append::{Bounds, Claim, ClaimError, Position, claim, claim_part, outbox_lock_holders};
 use crate::log::incarnation::Known;
@@ -68,7 +70,7 @@ const TORN_REPORT_INTERVAL: Duration = Duration::from_secs(5);
 pub struct RelayOptions {
     /// This node's name.
     pub node: String,
-    /// Events a batch, 1 or more.
+    /// Most events a batch, 1 or more.
     pub batch: u32,
     /// Largest row images of an event, bytes.
     pub event_bytes: u64,
@@ -135,6 +137,7 @@ struct Leader<'a> {
     partition_end: u64,
     pace: upkeep::Pace,
     window: i64,
+    portion: portion::Portion,
     interner: crate::log::append::Interner,
     parked: bool,
     swept: Instant,
@@ -218,7 +221,7 @@ impl Leader<'_> {
     fn bounds(&self) -> Bounds {
         Bounds {
             window: self.window,
-            batch: i64::from(self.relay.options.batch),
+            batch: i64::from(self.portion.rows()),
             event_bytes: i64::try_from(self.relay.options.event_bytes).unwrap_or(i64::MAX),
         }
     }
@@ -234,6 +237,7 @@ impl Leader<'_> {
             );
         }
         let Some(last) = claim.events.last() else { return Ok(()) };
+        self.portion.claimed(claim.events.len(), claim.events.iter().map(Event::bytes).sum());
         failpoint::hit("relay.appended").await.map_err(sqlx::Error::from)?;
         metrics.relay_batch_ms.observe(began.elapsed().as_secs_f64() * 1000.0);
         metrics.relay_batch_events.observe(claim.events.len() as f64);

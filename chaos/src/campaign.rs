@@ -22,7 +22,7 @@ const NOT_CARRIED_OUT: usize = 3;
 /// The round is kept in so many bits of a seed.
 const ROUNDS: u64 = 0xff;
 /// Every so many runs of a campaign, one is of the server with fail points, if there is one.
-const FAILPOINTS_EVERY: u64 = 4;
+const FAILPOINTS_EVERY: u64 = 3;
 
 /// A campaign.
 #[derive(Clone, Debug)]

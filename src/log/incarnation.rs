@@ -106,9 +106,14 @@ pub async fn begin_term(connection: &mut PgConnection, candidate: &Candidate<'_>
     let reason = new_epoch_reason(&mut *connection, candidate, newest).await?;
     if let Some(reason) = reason {
         tracing::warn!(reason, start_seq = newest, "a new epoch of the log begins");
+        // After the first, seconds since 2026: two primaries that never heard of each other must not give one number to two
+        // histories.
         sqlx::query(
             "INSERT INTO tidewire.epochs (epoch, system_identifier, timeline, start_seq, reason)
-             SELECT COALESCE(max(epoch), 0) + 1, $1, $2, $3, $4 FROM tidewire.epochs",
+             SELECT CASE WHEN count(*) = 0 THEN 1
+                         ELSE greatest(max(epoch) + 1, extract(epoch FROM now() - '2026-01-01 00:00Z'::timestamptz)::int)
+                    END, $1, $2, $3, $4
+             FROM tidewire.epochs",
         )
         .bind(candidate.incarnation.system_identifier)
         .bind(candidate.incarnation.timeline_text())

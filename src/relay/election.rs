@@ -11,6 +11,7 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::{mpsc, watch};
 
 use super::announce::Announcer;
+use super::portion::Portion;
 use super::upkeep::{Pace, trim_log};
 use super::{ANNOUNCE_QUEUE, LEADER_LOCK, Leader, Relay, TermEnd, answered};
 use crate::failpoint;
@@ -140,6 +141,7 @@ async fn lead(
         partition_end: 0,
         pace: Pace::new(Instant::now()),
         window: i64::from(relay.options.batch),
+        portion: Portion::new(relay.options.batch),
         interner: Interner::default(),
         parked: false,
         swept: Instant::now(),

@@ -68,7 +68,7 @@ metrics! {
     feed_gaps_total: Counter = "tidewire_feed_gaps_total", "Gaps of the feed that were filled from the log";
     feed_sent_chunks_total: Counter = "tidewire_feed_sent_chunks_total", "Feed chunks sent (leader only)";
     feed_backlog_batches: Gauge = "tidewire_feed_backlog_batches", "Batches waiting to be announced (leader only)";
-    reconciles_total: CounterVec = "tidewire_reconciles_total" ["cause"], "Readings of the log's end: connect, gap, tick, request";
+    reconciles_total: CounterVec = "tidewire_reconciles_total" ["cause"], "Readings of the log's end: connect, doubt, gap, incarnation, quiet, request, tick";
     notify_queue_permille: Gauge = "tidewire_notify_queue_permille", "Use of Postgres's notification queue in thousandths (leader only)";
     ring_events: Gauge = "tidewire_ring_events", "Events in the ring";
     ring_bytes: Gauge = "tidewire_ring_bytes", "Memory of the ring's events, bytes";

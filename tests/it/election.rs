@@ -14,13 +14,11 @@ use tidewire::postgres::Database;
 use tidewire::postgres::listen::Wakeups;
 use tidewire::relay::{LEADER_LOCK, Relay, RelayOptions, election};
 use tidewire::telemetry::metrics::Metrics;
-use tidewire::telemetry::tracing::NoticeLayer;
 use tokio::sync::watch;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::capture::{run, strings};
 use crate::support::DEADLINE;
+use crate::support::cluster::init_tracing;
 use crate::support::postgres::{database, own_server, pool};
 use crate::support::proxy::Proxy;
 use crate::support::relay::{Term, Writer, emit, faults};
@@ -151,6 +149,30 @@ async fn killed_leaders_are_followed_and_no_two_append() {
     assert_eq!(strings(&database.pool, unfinished).await, [""; 0], "every term is closed in the books");
 }
 
+/// Two primaries that were each promoted from the same standby, and never heard of each other.
+#[tokio::test]
+async fn two_histories_that_part_at_one_place_have_epochs_of_different_numbers() {
+    let database = database().await;
+    let newest = "SELECT max(epoch)::bigint FROM tidewire.epochs";
+    let mut given = Vec::new();
+    for name in ["first", "one", "other"] {
+        let candidate = Candidate::start(name, &database.url, &database.url, LEASE).await;
+        until("it leads", async || candidate.leads()).await;
+        candidate.stop().await;
+        given.push(number(&database.pool, newest).await);
+        let began = number(&database.pool, "SELECT extract(epoch FROM max(at))::bigint FROM tidewire.epochs").await;
+        run(
+            &database.pool,
+            "DELETE FROM tidewire.epochs WHERE epoch > 1; UPDATE tidewire.epochs SET timeline = '000000FF'",
+        )
+        .await;
+        let clock = "SELECT extract(epoch FROM clock_timestamp())::bigint";
+        until("the second is over", async || number(&database.pool, clock).await > began + 1).await;
+    }
+    assert_eq!(given[0], 1);
+    assert!(given[1] > 1 && given[2] > given[1], "{given:?}");
+}
+
 #[tokio::test]
 async fn a_leader_that_was_silent_for_longer_than_its_lease_writes_nothing_when_it_wakes() {
     let database = database().await;
@@ -260,7 +282,7 @@ async fn a_leader_resigns_also_inside_a_large_transaction_that_a_foreign_lock_ho
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_may_not_be_durable_is_announced_to_nobody_and_ends_the_term() {
-    let _ = tracing_subscriber::registry().with(NoticeLayer).try_init();
+    init_tracing();
     let server = own_server().await;
     let url = server.url("postgres");
     let pool = pool(&url).await;

@@ -392,8 +392,8 @@ fn through(url: &str, proxy: &Proxy) -> String {
     url.into()
 }
 
-/// The relay needs the notices; `TIDEWIRE_TEST_LOG` (such as `tidewire=debug`) shows what nodes say.
-fn init_tracing() {
+/// Once for all tests of the process: the relay needs the notices; `TIDEWIRE_TEST_LOG` (such as `tidewire=debug`) shows what nodes say.
+pub fn init_tracing() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let notices = NoticeLayer.with_filter(filter_fn(|meta| meta.target() == "sqlx::postgres::notice"));

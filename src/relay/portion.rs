@@ -1,0 +1,72 @@
+//! How many rows the next claim may take: as many as fit into [`CLAIM_BYTES`], judged by the last ones. Pure.
+//!
+//! What a claim takes comes to the leader whole, so a batch of rows of a megabyte would end it for want of memory, and its
+//! successor too. A term therefore begins with few rows and takes more while they turn out small: a claim too large for the
+//! memory is met once, and the next term passes it in small portions.
+
+/// Bytes of events that a claim is to bring, about.
+const CLAIM_BYTES: usize = 32 << 20;
+/// Rows of a term's first claim.
+const FIRST_ROWS: u32 = 64;
+/// At most so many times the rows of the claim before.
+const GROWTH: u32 = 4;
+
+/// Rows that the next claim may take.
+#[derive(Debug)]
+pub(super) struct Portion {
+    rows: u32,
+    batch: u32,
+}
+
+impl Portion {
+    /// Of a term that has claimed nothing yet, at most `batch` rows a claim.
+    pub(super) fn new(batch: u32) -> Self {
+        Self { rows: FIRST_ROWS.min(batch), batch }
+    }
+
+    /// Rows, 1 to `batch`.
+    pub(super) const fn rows(&self) -> u32 {
+        self.rows
+    }
+
+    /// After a claim of `events` events that have `bytes` bytes together.
+    pub(super) fn claimed(&mut self, events: usize, bytes: usize) {
+        if events == 0 {
+            return;
+        }
+        let fit = CLAIM_BYTES / (bytes / events).max(1);
+        let fit = u32::try_from(fit).unwrap_or(u32::MAX).min(self.rows.saturating_mul(GROWTH));
+        self.rows = fit.clamp(1, self.batch);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_rows_make_whole_batches_within_a_few_claims() {
+        let mut portion = Portion::new(5_000);
+        let mut rows = Vec::new();
+        for _ in 0..5 {
+            rows.push(portion.rows());
+            let events = portion.rows() as usize;
+            portion.claimed(events, events * 300);
+        }
+        assert_eq!(rows, [64, 256, 1_024, 4_096, 5_000]);
+    }
+
+    #[test]
+    fn rows_of_a_megabyte_are_taken_by_the_dozen_and_a_claim_of_nothing_changes_nothing() {
+        let mut portion = Portion::new(5_000);
+        portion.claimed(64, 64 << 20);
+        assert_eq!(portion.rows(), 32);
+        portion.claimed(0, 0);
+        assert_eq!(portion.rows(), 32);
+        portion.claimed(1, 1 << 30);
+        assert_eq!(portion.rows(), 1);
+        portion.claimed(1, 300);
+        assert_eq!(portion.rows(), 4);
+        assert_eq!(Portion::new(10).rows(), 10);
+    }
+}
