@@ -8,6 +8,7 @@
 //! Lock order: routes, then a group. The edge is published after the groups have their frames, so a session that reads
 //! the edge first and then finds nothing in its group knows that nothing up to the edge is for it.
 
+mod dispatch;
 pub mod group;
 pub mod pages;
 pub mod plan;
@@ -15,7 +16,6 @@ pub mod ring;
 pub mod routes;
 pub mod shape;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use self::dispatch::{Dispatched, dispatch};
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::{Event, Operation};
 use crate::hub::group::{Assembly, Ended, Frame, Group, Held, Plans, Signal, Span};
@@ -434,45 +435,6 @@ impl Hub {
             None => Pull::Nothing(end),
         })
     }
-}
-
-/// What one group gets of some consecutive events.
-struct Dispatched {
-    group: Arc<Group>,
-    frames: Vec<Frame>,
-    ended: Option<Ended>,
-}
-
-/// Renders `whole` for every group that may show any of it.
-fn dispatch(routes: &Routes, whole: &Whole, epochs: &Epochs, end: Cursor, frame_bytes: usize) -> Vec<Dispatched> {
-    let mut assemblies: HashMap<*const Group, (&Arc<Group>, Assembly)> = HashMap::new();
-    let mut ended: HashMap<*const Group, Dispatched> = HashMap::new();
-    let mut span = Span::new(epochs);
-    for event in &whole.events {
-        routes.each(event, |group| {
-            if !ended.is_empty() && ended.contains_key(&Arc::as_ptr(group)) {
-                return;
-            }
-            let slot = assemblies.entry(Arc::as_ptr(group)).or_insert_with(|| (group, Assembly::default()));
-            if event.operation == Operation::Schema {
-                group.plans.forget();
-            }
-            slot.1.add(&group.plans, event, &span, frame_bytes);
-            if let Some((reason, message)) = group.plans.broken_by(event) {
-                let assembly = std::mem::take(&mut slot.1);
-                let frames = assembly.finish(Cursor::at(epochs.of(event.seq), event.seq, event.id), !event.tx_end);
-                let (group, because) = (Arc::clone(group), Some(Ended { seq: event.seq, reason, message }));
-                ended.insert(Arc::as_ptr(&group), Dispatched { group, frames, ended: because });
-            }
-        });
-        span.pass(event);
-    }
-    let live = assemblies.into_iter().filter(|(group, _)| !ended.contains_key(group)).map(|(_, (group, assembly))| {
-        Dispatched { group: Arc::clone(group), frames: assembly.finish(end, whole.open), ended: None }
-    });
-    let mut all: Vec<_> = live.collect();
-    all.extend(ended.into_values());
-    all
 }
 
 /// Whether `event` is beyond a subscription's end, be it its group's or, for one that catches up, that of the table as it

@@ -2,6 +2,8 @@
 
 mod model;
 
+use std::collections::HashMap;
+
 use super::*;
 use crate::auth::scope::{ColumnMask, OpSet};
 use crate::cursor::EpochStart;
@@ -211,4 +213,60 @@ impl std::task::Wake for Woken {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Found in review: a session read the edge, the log was exchanged for another one, and what the session then took was half
+/// of the one and half of the other.
+#[test]
+fn what_is_taken_while_an_epoch_begins_is_told_from_what_was_before_by_its_generation() {
+    const EPOCHS: u32 = 300;
+    const APPENDED: Seq = 5;
+    const LOST: Seq = 2;
+    // Epoch n + 1 begins after APPENDED - LOST more events than epoch n.
+    let epochs_up_to = |newest: u32| {
+        Epochs::new(
+            (1..=newest).map(|n| EpochStart { epoch: n, start_seq: u64::from(n - 1) * (APPENDED - LOST) }).collect(),
+        )
+    };
+    let id = |epoch: u32, seq: Seq| Uuid::from_u128(u128::from(epoch) << 64 | u128::from(seq));
+    let hub = hub();
+    hub.restart(0, None, None, epochs_up_to(1));
+    hub.hold(false);
+    let first = hub.edge().generation;
+    let tap = join(&hub);
+    let taken = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for epoch in 1..=EPOCHS {
+                let newest = hub.high_water();
+                let events: Vec<Event> =
+                    (newest + 1..=newest + APPENDED).map(|seq| Event { id: id(epoch, seq), ..insert(seq) }).collect();
+                hub.append(&events, Instant::now()).unwrap();
+                let start = newest + APPENDED - LOST;
+                hub.set_epochs(epochs_up_to(epoch + 1), Some(id(epoch, start)), None);
+            }
+        });
+        let (mut passed, mut judged, mut taken) = (0, first, 0_u32);
+        while judged < first + u64::from(EPOCHS) {
+            let edge = hub.edge();
+            if edge.held {
+                continue;
+            }
+            if edge.generation != judged {
+                judged = edge.generation;
+                passed = passed.min((judged - first) * (APPENDED - LOST));
+                continue;
+            }
+            let pull = tap.pull(passed);
+            if hub.edge().generation != edge.generation {
+                continue;
+            }
+            let Pull::Frame(frame) = pull else { continue };
+            let epoch = epochs_up_to(u32::try_from(judged - first).unwrap() + 1).of(frame.through);
+            assert_eq!(frame.cursor, Cursor::at(epoch, frame.through, id(epoch, frame.through)));
+            passed = frame.through;
+            taken += 1;
+        }
+        taken
+    });
+    assert!(taken > 0, "nothing was taken at all");
 }

@@ -4,6 +4,8 @@
 //! queued for a slow client, whose positions simply stay behind. The session registers for wake-ups before it looks for
 //! news, so news that comes in between wakes it.
 
+mod supply;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,31 +17,23 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 
+use self::supply::Next;
 use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
 use crate::cursor::{Cursor, Seq};
 use crate::event::Event;
-use crate::failpoint;
+use crate::hub::Tap;
 use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
-use crate::hub::ring::Whole;
-use crate::hub::{Edge, Pull, Tap};
 use crate::mutant::{self, Mutant};
 use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
-use crate::protocol::message::{Auth, ResyncReason, ServerMessage, Welcome, Window};
+use crate::protocol::message::{Auth, ServerMessage, Welcome, Window};
 use crate::session::machine::{Machine, Output, Timing, unavailable};
 use crate::session::start::{self, NotStarted, Started};
 use crate::session::sync;
 use crate::session::{Context, Drain};
-
-/// Events of the log that a session holds while it looks for the end of a transaction; by bytes the frame limit holds.
-const CARRY_EVENTS: usize = 2_000;
-/// Wait before the log is read again after a failure.
-const LOG_RETRY: Duration = Duration::from_millis(500);
-/// What one turn of a session skips (events that are not for it) before others get theirs.
-const SKIPS_A_TURN: usize = 16;
 
 /// What is to be sent.
 #[derive(Debug)]
@@ -397,209 +391,6 @@ impl Session {
         let carry = Vec::new();
         self.places.push(Place { id, tap, passed, generation, carry, reading: false, fell_back: false });
     }
-
-    /// What comes next for any subscription, in turns.
-    fn next_events(&mut self, task: &TaskContext<'_>) -> Next {
-        let mut skips = 0;
-        let count = self.places.len();
-        for offset in 0..count {
-            let index = (self.turn + offset) % count;
-            loop {
-                match self.next_of(index) {
-                    Step::Emit(emit) => {
-                        self.turn = (index + 1) % count;
-                        return Next::Emit(emit);
-                    }
-                    Step::Said | Step::Begun => return Next::Again,
-                    Step::Skipped if skips < SKIPS_A_TURN => skips += 1,
-                    Step::Skipped => {
-                        task.waker().wake_by_ref();
-                        return Next::Nothing;
-                    }
-                    Step::Nothing => break,
-                }
-            }
-        }
-        Next::Nothing
-    }
-
-    fn next_of(&mut self, index: usize) -> Step {
-        let now = Instant::now();
-        let edge = self.context.hub.edge();
-        let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
-        if place.generation != edge.generation {
-            if edge.held {
-                // Judged when the hold ends, which wakes it; until then nothing of the changed log counts.
-                return Step::Nothing;
-            }
-            place.generation = edge.generation;
-            return self.judge_anew(index).unwrap_or(Step::Skipped);
-        }
-        if place.reading {
-            return Step::Nothing;
-        }
-        if mutant::is(Mutant::ProgressTooEarly) {
-            self.machine.reached(now, &place.id, edge.boundary);
-        }
-        let pull = match place.carry.is_empty() || edge.held {
-            true => place.tap.pull(place.passed),
-            false => self.pull_carried(index),
-        };
-        if self.context.hub.edge().generation != edge.generation {
-            // The log changed while this was taken from it: it may be half of the one and half of the other.
-            return Step::Skipped;
-        }
-        let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
-        match pull {
-            Pull::Frame(frame) => {
-                place.passed = frame.through;
-                place.carry.retain(|event| event.seq > frame.through);
-                let Some(prev) = self.machine.events(now, &place.id, frame.cursor, frame.open) else {
-                    return Step::Skipped;
-                };
-                self.context.metrics.events_delivered_total.inc_by(frame.count as u64);
-                self.context.metrics.frames_delivered_total.inc();
-                Step::Emit(Emit::Events { id: Arc::clone(&place.id), prev, frame })
-            }
-            Pull::Nothing(cursor) => {
-                place.passed = cursor.seq;
-                place.carry.retain(|event| event.seq > cursor.seq);
-                self.machine.passed(&place.id, cursor.seq);
-                Step::Skipped
-            }
-            Pull::Idle(edge) => self.idle(index, edge.held, edge.boundary, now),
-            Pull::Log if mutant::is(Mutant::HistoryIsSkipped) => {
-                place.passed = edge.deliverable.seq;
-                Step::Skipped
-            }
-            Pull::Log => {
-                self.read_log(index, edge);
-                // Look again: what was just begun must be polled once, or nothing would wake us when it is done.
-                Step::Begun
-            }
-            Pull::Ended(ended) => {
-                let id = place.id.to_string();
-                self.machine.resync(start::resync(&self.context, id, ended.reason, ended.message.clone()));
-                Step::Said
-            }
-        }
-    }
-
-    /// Everything that this node can deliver has been delivered.
-    fn idle(&mut self, index: usize, held: bool, boundary: Cursor, now: Instant) -> Step {
-        let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
-        if !held {
-            place.fell_back = false;
-            place.passed = place.passed.max(boundary.seq);
-            let id = Arc::clone(&place.id);
-            self.machine.reached(now, &id, boundary);
-        }
-        Step::Nothing
-    }
-
-    /// The log has a new epoch: does the position still belong to it?
-    fn judge_anew(&mut self, index: usize) -> Option<Step> {
-        let place = self.places.get_mut(index)?;
-        place.carry.clear();
-        let position = self.machine.position(&place.id)?;
-        let epochs = self.context.hub.epochs();
-        // An epoch that is no more was lost with its tail.
-        let diverged = epochs.admit(&position).is_err() && !mutant::is(Mutant::DivergedNotTold);
-        if diverged || mutant::is(Mutant::ResyncEverybody) {
-            let what = "the database was rewound to before this position; what came after it never happened";
-            let id = place.id.to_string();
-            self.machine.resync(start::resync(&self.context, id, ResyncReason::HistoryDiverged, what.to_owned()));
-            return Some(Step::Said);
-        }
-        // What was passed over silently beyond the cut did not happen either.
-        place.passed = position.seq;
-        self.machine.rewound(&place.id);
-        None
-    }
-
-    fn pull_carried(&mut self, index: usize) -> Pull {
-        let edge = self.context.hub.edge();
-        let Some(place) = self.places.get_mut(index) else { return Pull::Idle(edge) };
-        let frame_bytes = self.context.options.limits.frame_bytes;
-        let whole = Whole::prefix(place.carry.iter(), CARRY_EVENTS, frame_bytes);
-        let pulled = self.context.hub.frame_of(place.tap.group(), &whole);
-        // Nothing whole yet: the next page has more of the transaction, or nobody has.
-        let all = place.carry.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
-        pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
-    }
-
-    fn read_log(&mut self, index: usize, edge: Edge) {
-        let Some(place) = self.places.get_mut(index) else { return };
-        if !std::mem::replace(&mut place.fell_back, true) {
-            self.context.metrics.fallbacks_total.with_label_values(&["log"]).inc();
-        }
-        place.reading = true;
-        let next = place.carry.last().map_or(place.passed, |event| event.seq) + 1;
-        let (context, id) = (Arc::clone(&self.context), Arc::clone(&place.id));
-        self.work.push(Box::pin(async move {
-            let page = match failpoint::hit("resume.page").await {
-                Ok(()) => context.pages.holding(next, edge.deliverable.seq, edge.generation).await.map_err(|_| ()),
-                Err(_) => Err(()),
-            };
-            if page.is_err() {
-                // Postgres is away: the socket stays, the position waits.
-                tokio::time::sleep(LOG_RETRY).await;
-            }
-            Done::Page(id, edge.generation, page)
-        }));
-    }
-
-    fn page_read(&mut self, id: &Arc<str>, generation: u64, page: Result<Page, ()>) {
-        // By pointer: a later subscription of the same id is not the one that asked.
-        let Some(place) = self.places.iter_mut().find(|place| Arc::ptr_eq(&place.id, id)) else { return };
-        place.reading = false;
-        // A page of the log as it was before a new epoch may hold a tail that is lost.
-        let Some(page) = page.ok().filter(|_| generation == place.generation) else { return };
-        let have = place.carry.last().map_or(place.passed, |event| event.seq);
-        let mut fresh: Vec<Event> = page.iter().filter(|event| event.seq > have).cloned().collect();
-        if mutant::is(Mutant::PageLosesOne) && fresh.len() > 2 {
-            fresh.remove(fresh.len() / 2);
-        }
-        match fresh.first() {
-            Some(first) if first.seq == have + 1 => place.carry.extend(fresh),
-            Some(_) => {
-                let what = "the position left the log while the client was connected: read the state anew";
-                let id = id.to_string();
-                self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));
-            }
-            None if self.context.hub.oldest().is_some_and(|oldest| have < oldest.seq) => {
-                let what = "the position left the log while the client was connected: read the state anew";
-                let id = id.to_string();
-                self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));
-            }
-            // Dropped by retention, and this node does not know it yet. Not again at once: the answer is remembered.
-            None => {
-                place.reading = true;
-                let id = Arc::clone(id);
-                self.work.push(Box::pin(async move {
-                    tokio::time::sleep(LOG_RETRY).await;
-                    Done::Page(id, generation, Err(()))
-                }));
-            }
-        }
-    }
-}
-
-/// What one subscription has.
-enum Step {
-    Emit(Emit),
-    // The machine has something to say, or work was begun.
-    Said,
-    Begun,
-    Skipped,
-    Nothing,
-}
-
-/// What all subscriptions have.
-enum Next {
-    Emit(Emit),
-    Again,
-    Nothing,
 }
 
 fn drain_seen(mut drain: watch::Receiver<Option<Drain>>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -7,10 +7,14 @@
 //!
 //! Pure: no clock, no sockets, no hub. Who drives it asks [`Machine::poll`] for what to do next and tells it the time.
 
+mod positions;
+mod syncs;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::syncs::Sync;
 use crate::cursor::{Cursor, Seq};
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, Retry, WireError};
@@ -22,10 +26,6 @@ use crate::protocol::message::{
 const BURST: f64 = 50.0;
 /// A client that stays above the rate for this long is closed.
 const INSISTENCE: Duration = Duration::from_secs(10);
-/// Longest wait of `sync`, also when the client names none.
-const MAX_SYNC: Duration = Duration::from_secs(30);
-/// Syncs that may wait at once.
-const MAX_SYNCS: usize = 16;
 
 /// Times that a machine keeps.
 #[derive(Clone, Copy, Debug)]
@@ -94,14 +94,6 @@ struct Subscription {
     reached: Option<Cursor>,
     // The position stands inside a transaction.
     open: bool,
-}
-
-#[derive(Debug)]
-struct Sync {
-    serial: u64,
-    tx: String,
-    until: Instant,
-    target: Option<Cursor>,
 }
 
 /// One connection's state.
@@ -327,156 +319,6 @@ impl Machine {
             self.send(ServerMessage::ResyncRequired(resync));
             self.settle_syncs();
         }
-    }
-
-    /// An `events` frame that ends at `cursor`, inside a transaction if `open`, goes out for `id`; gives the position before
-    /// it. None: it must not go, because the subscription is over or the frame would go back.
-    pub fn events(&mut self, now: Instant, id: &str, cursor: Cursor, open: bool) -> Option<Cursor> {
-        if self.phase == Phase::Closed {
-            return None;
-        }
-        let subscription = self.find(id)?;
-        let before = subscription.position?;
-        if cursor <= before && cursor.seq <= before.seq {
-            return None;
-        }
-        subscription.position = Some(cursor);
-        subscription.passed = cursor.seq;
-        subscription.open = open;
-        subscription.last_said = now;
-        Some(before)
-    }
-
-    /// Nothing up to `seq` was for `id`.
-    pub fn passed(&mut self, id: &str, seq: Seq) {
-        if let Some(subscription) = self.find(id) {
-            subscription.passed = subscription.passed.max(seq);
-        }
-    }
-
-    /// `id` has everything up to `boundary`, the end of the newest whole transaction.
-    pub fn reached(&mut self, now: Instant, id: &str, boundary: Cursor) {
-        let Some(subscription) = self.find(id) else { return };
-        subscription.passed = subscription.passed.max(boundary.seq);
-        subscription.reached = Some(boundary);
-        let Some(position) = subscription.position else { return };
-        // Inside an open transaction there is nothing to say yet.
-        if !subscription.caught_up && boundary.seq >= position.seq {
-            let cursor = if boundary.seq > position.seq { boundary } else { position };
-            subscription.caught_up = true;
-            subscription.open &= cursor == position;
-            subscription.position = Some(cursor);
-            subscription.last_said = now;
-            self.send(ServerMessage::CaughtUp { id: id.to_owned(), cursor });
-        }
-    }
-
-    /// The log was rewound to behind what `id` had passed over in silence; its position still stands.
-    pub fn rewound(&mut self, id: &str) {
-        if let Some(subscription) = self.find(id) {
-            subscription.reached = None;
-            subscription.passed = subscription.position.map_or(0, |position| position.seq);
-        }
-    }
-
-    /// Says `progress` for every caught-up subscription that was silent for long: how far it has everything. Not
-    /// `current`: the node cannot tell, and the positions are repeated.
-    pub fn progress(&mut self, now: Instant, current: bool) {
-        if self.phase == Phase::Closed {
-            return;
-        }
-        let silent = self.timing.progress / 2;
-        let mut said: Vec<(Cursor, Vec<String>)> = Vec::new();
-        for subscription in &mut self.subscriptions {
-            let Some(position) = subscription.position.filter(|_| subscription.caught_up) else { continue };
-            if now.saturating_duration_since(subscription.last_said) < silent {
-                continue;
-            }
-            subscription.last_said = now;
-            // Never the node's own end: a subscription that is behind has events on their way before that.
-            let reached = subscription.reached.filter(|reached| current && reached.seq > position.seq);
-            if subscription.open && reached.is_none() {
-                // Progress stands between transactions.
-                continue;
-            }
-            let cursor = reached.unwrap_or(position);
-            subscription.position = Some(cursor);
-            subscription.open = false;
-            match said.iter_mut().find(|(at, _)| *at == cursor) {
-                Some((_, ids)) => ids.push(subscription.id.to_string()),
-                None => said.push((cursor, vec![subscription.id.to_string()])),
-            }
-        }
-        for (cursor, ids) in said {
-            self.send(ServerMessage::Progress { ids, cursor });
-        }
-    }
-
-    /// Whether `progress` is due.
-    #[must_use]
-    pub fn progress_due(&self, now: Instant) -> bool {
-        self.progress_at().is_some_and(|at| at <= now)
-    }
-
-    fn progress_at(&self) -> Option<Instant> {
-        let running = self.subscriptions.iter().filter(|subscription| subscription.caught_up);
-        running.map(|subscription| subscription.last_said + self.timing.progress).min()
-    }
-
-    fn sync(&mut self, now: Instant, tx: String, timeout_ms: Option<u64>) {
-        // Postgres's xid8 is 64 bits; ids below 3 are its own.
-        let Some(xid) = tx.parse::<u64>().ok().filter(|xid| *xid >= 3 && *xid <= i64::MAX.cast_unsigned()) else {
-            let what = "sync's tx is the decimal text of pg_current_xact_id()";
-            self.error(None, WireError::never(ErrorCode::BadMessage, what));
-            return;
-        };
-        if self.syncs.len() >= MAX_SYNCS {
-            let what = format!("at most {MAX_SYNCS} syncs wait at once");
-            self.error(None, WireError::backoff(ErrorCode::RateLimited, what, 100));
-            return;
-        }
-        let until = now + timeout_ms.map_or(MAX_SYNC, Duration::from_millis).min(MAX_SYNC);
-        self.serial += 1;
-        self.syncs.push(Sync { serial: self.serial, tx, until, target: None });
-        self.outputs.push_back(Output::Sync { serial: self.serial, xid, until });
-    }
-
-    /// Everything of the transaction, or all that was there when it was found to have no events, lies up to `target`.
-    pub fn sync_found(&mut self, serial: u64, target: Cursor) {
-        for sync in self.syncs.iter_mut().filter(|sync| sync.serial == serial) {
-            sync.target = Some(target);
-        }
-        self.settle_syncs();
-    }
-
-    /// The sync cannot be answered.
-    pub fn sync_failed(&mut self, serial: u64, error: WireError) {
-        // It may have been given up already, when its time was over.
-        if let Some(index) = self.syncs.iter().position(|sync| sync.serial == serial) {
-            self.syncs.remove(index);
-            self.error(None, error);
-        }
-    }
-
-    /// Answers the syncs whose target every running subscription has passed. Call after each turn of delivery.
-    pub fn settle_syncs(&mut self) {
-        if self.syncs.is_empty() {
-            return;
-        }
-        let starting = self.subscriptions.iter().any(|subscription| subscription.position.is_none());
-        let passed = self.subscriptions.iter().map(|subscription| subscription.passed).min().unwrap_or(Seq::MAX);
-        let done = |sync: &mut Sync| !starting && sync.target.is_some_and(|target| target.seq <= passed);
-        for sync in self.syncs.extract_if(.., done).collect::<Vec<_>>() {
-            if let Some(cursor) = sync.target {
-                self.send(ServerMessage::Synced { tx: sync.tx, cursor });
-            }
-        }
-    }
-
-    /// Whether a sync waits for the subscriptions to get on.
-    #[must_use]
-    pub fn is_syncing(&self) -> bool {
-        self.syncs.iter().any(|sync| sync.target.is_some())
     }
 
     /// The node is about to go: this client's slot and the node's end, from now.

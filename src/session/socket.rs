@@ -44,6 +44,7 @@ pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
         closing: None,
         slow: false,
         held_back: false,
+        held_back_total: context.metrics.held_back_total.clone(),
         dirty: false,
     };
     tokio::select! {
@@ -68,6 +69,7 @@ struct Served {
     slow: bool,
     // Its messages wait until it has taken our answers.
     held_back: bool,
+    held_back_total: prometheus::IntCounter,
     dirty: bool,
 }
 
@@ -94,8 +96,12 @@ impl Served {
     /// True: the connection is gone.
     fn poll_inbound(&mut self, task: &mut TaskContext<'_>) -> bool {
         loop {
-            self.held_back = self.session.backlog() >= MAX_BACKLOG;
-            if self.held_back {
+            let held_back = self.session.backlog() >= MAX_BACKLOG;
+            if held_back && !self.held_back {
+                self.held_back_total.inc();
+            }
+            self.held_back = held_back;
+            if held_back {
                 return false;
             }
             if let Some(pause) = self.pause.as_mut() {

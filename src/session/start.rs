@@ -4,24 +4,23 @@
 //! stands at its position, that it belongs to this log; a node that is behind the cursor waits or reads, it never
 //! refuses for that (invariant I8).
 
+mod resume;
+
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use crate::auth::scope::{OpSet, Scopes, TableAccess};
-use crate::cursor::{Cursor, EpochFault, MalformedCursor, Seq};
+use crate::cursor::{Cursor, MalformedCursor};
 use crate::event::Operation;
 use crate::failpoint;
 use crate::filter::{Column, Filter};
+use crate::hub::Tap;
 use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
-use crate::hub::{Edge, Tap};
-use crate::log::read;
-use crate::mutant::{self, Mutant};
 use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
@@ -95,7 +94,7 @@ pub async fn start(
     };
     let unlucky = |_| unavailable("a fail point");
     failpoint::hit("resume.settle").await.map_err(unlucky)?;
-    let edge = settled(context).await?;
+    let edge = resume::settled(context).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
     let tap = join(context, scopes, subscribe, &wish, signal).await?;
     let Some(cursor) = asked else {
@@ -103,7 +102,7 @@ pub async fn start(
         let (cursor, generation) = (edge.boundary, edge.generation);
         return Ok(Started { tap, cursor, recovered: None, source: Source::Live, generation });
     };
-    let resumed = resume(context, cursor, edge).await;
+    let resumed = resume::resume(context, cursor, edge).await;
     failpoint::hit("resume.decided").await.map_err(unlucky)?;
     match resumed {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
@@ -360,143 +359,6 @@ fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, col
         return Err(WireError::never(ErrorCode::BadFilter, what));
     }
     Ok(())
-}
-
-/// Waits until this node knows where the log is.
-async fn settled(context: &Context) -> Result<Edge, WireError> {
-    let mut edges = context.hub.watch_edge();
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let edge = *edges.borrow_and_update();
-        // Current: this node has met the log's end since it last had reason to doubt, a pause of the process included.
-        if !edge.held && edge.boundary.epoch > 0 && context.follower.current() {
-            return Ok(edge);
-        }
-        if Instant::now() >= until {
-            return Err(unavailable("this node does not know the log's state"));
-        }
-        let _ = tokio::time::timeout(RETRY / 4, edges.changed()).await;
-    }
-}
-
-/// Whether the log continues after `cursor`, and from where it is read.
-async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source, u64), NotStarted> {
-    let mut edge = edge;
-    // Or of an epoch that this node has not heard of yet.
-    let unknown = context.hub.epochs().admit(&cursor) == Err(EpochFault::Unknown);
-    if unknown || cursor.seq > edge.deliverable.seq {
-        edge = after_reconcile(context, &cursor).await?;
-    }
-    if !mutant::is(Mutant::DivergedNotTold) {
-        admit(context, cursor, edge).await?;
-    }
-    let memory = cursor.seq >= context.hub.ring_base();
-    let source = match memory {
-        _ if cursor.seq >= edge.deliverable.seq => Source::Live,
-        true => Source::Memory,
-        false => Source::History,
-    };
-    Ok((source, edge.generation))
-}
-
-/// Whether the position is one of this log, as far as this node can tell; else the resync that says why not.
-async fn admit(context: &Context, cursor: Cursor, edge: Edge) -> Result<(), NotStarted> {
-    match context.hub.epochs().admit(&cursor) {
-        Ok(()) => {}
-        Err(EpochFault::Unknown) => {
-            let what = "the cursor is of an epoch that this log never had: it belongs to another cluster";
-            return Err(gone(context, ResyncReason::CursorInvalid, what));
-        }
-        Err(EpochFault::Diverged) => {
-            let what = "the database was rewound to before this position; what came after it never happened";
-            return Err(gone(context, ResyncReason::HistoryDiverged, what));
-        }
-    }
-    if cursor.seq > edge.deliverable.seq && cursor.seq > context.hub.high_water() {
-        let what = "the cursor is beyond the end of the log: it belongs to another cluster";
-        return Err(gone(context, ResyncReason::CursorInvalid, what));
-    }
-    match id_at(context, cursor.seq, edge).await? {
-        Some(id) if !cursor.matches(id) => {
-            let what = "another event stands at this position: the cursor is forged or the log has diverged";
-            Err(gone(context, ResyncReason::HistoryDiverged, what))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The id of the event at `seq`; None where it was dropped but the next one is there. One page answers for all who ask
-/// about the same range.
-async fn id_at(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Uuid>, NotStarted> {
-    if seq == 0 {
-        let first = page(context, 1, edge).await;
-        return match first {
-            Ok(Some(1)) => Ok(Some(Uuid::nil())),
-            Ok(None) if edge.deliverable.seq == 0 => Ok(Some(Uuid::nil())),
-            Ok(_) => Err(expired(context)),
-            Err(refused) => Err(refused),
-        };
-    }
-    if let Some(id) = context.hub.id_at(seq) {
-        return Ok(Some(id));
-    }
-    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
-    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
-    if let Some(event) = page.iter().find(|event| event.seq == seq) {
-        return Ok(Some(event.id));
-    }
-    match self::page(context, seq + 1, edge).await? {
-        // The oldest position there is: its own event has just been dropped.
-        Some(first) if first == seq + 1 => Ok(None),
-        _ => Err(expired(context)),
-    }
-}
-
-/// The first seq at or after `seq` that its page still has.
-async fn page(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Seq>, NotStarted> {
-    if seq > edge.deliverable.seq {
-        return Ok(None);
-    }
-    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
-    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
-    Ok(page.iter().map(|event| event.seq).find(|found| *found >= seq))
-}
-
-/// Asks the follower for the log's end and waits until this node has reached the cursor, or knows that the log has not, or
-/// has lost it. A new epoch alone says none of that: the node may have heard of it and not have read on yet.
-async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, WireError> {
-    let until = Instant::now() + PATIENCE;
-    let mut edges = context.hub.watch_edge();
-    loop {
-        let edge = *edges.borrow_and_update();
-        let known = context.hub.epochs();
-        let admitted = known.admit(cursor);
-        match admitted {
-            Err(EpochFault::Diverged) if !edge.held => return Ok(edge),
-            Ok(()) if !edge.held && edge.deliverable.seq >= cursor.seq => return Ok(edge),
-            _ => {}
-        }
-        context.follower.reconcile();
-        // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
-        let pool = context.database.pool();
-        if let Ok(bounds) = within(RETRY * 5, read::bounds(&pool)).await {
-            let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
-            let same = epochs.is_ok_and(|(epochs, _)| epochs == known);
-            let nowhere = admitted == Err(EpochFault::Unknown) || bounds.newest < cursor.seq;
-            if same && nowhere && !context.hub.edge().held {
-                return Ok(context.hub.edge());
-            }
-        }
-        if Instant::now() >= until {
-            return Err(unavailable("this node has not reached the cursor's position"));
-        }
-        let _ = tokio::time::timeout(RETRY, edges.changed()).await;
-    }
-}
-
-fn expired(context: &Context) -> NotStarted {
-    let what = "the position is older than the log keeps: read the state anew, then subscribe from now";
-    gone(context, ResyncReason::CursorExpired, what)
 }
 
 /// A resync with what can be resumed from now; the id is filled in by whoever sends it.

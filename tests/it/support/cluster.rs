@@ -393,7 +393,7 @@ fn through(url: &str, proxy: &Proxy) -> String {
 }
 
 /// Once for all tests of the process: the relay needs the notices; `TIDEWIRE_TEST_LOG` (such as `tidewire=debug`) shows what nodes say.
-pub fn init_tracing() {
+pub(crate) fn init_tracing() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let notices = NoticeLayer.with_filter(filter_fn(|meta| meta.target() == "sqlx::postgres::notice"));
