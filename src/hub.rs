@@ -39,6 +39,9 @@ const PULL_EVENTS: usize = 1_000;
 /// Events of one table and batch that are routed between two looks at the clock; bounds the time routes are locked.
 const DISPATCH_EVENTS: usize = 2_000;
 
+/// A frame is kept for those a little behind for one to two of these; the ring has its events for longer.
+const FRAME_AGE: Duration = Duration::from_secs(5);
+
 /// How the hub works.
 #[derive(Clone, Copy, Debug)]
 pub struct HubOptions {
@@ -88,6 +91,10 @@ pub struct Hub {
     epochs: RwLock<Epochs>,
     known: watch::Sender<Option<Known>>,
     log_oldest: AtomicU64,
+    // The generation in which a log began that has nothing to do with the one before.
+    replaced: AtomicU64,
+    // When groups' frames were let go, and what had been delivered then.
+    aged: Mutex<(Instant, Seq)>,
     metrics: Arc<Metrics>,
 }
 
@@ -105,6 +112,8 @@ impl Hub {
             epochs: RwLock::default(),
             known: watch::channel(None).0,
             log_oldest: AtomicU64::new(0),
+            replaced: AtomicU64::new(0),
+            aged: Mutex::new((Instant::now(), 0)),
             metrics,
         }
     }
@@ -203,6 +212,18 @@ impl Hub {
         self.tell_known();
     }
 
+    /// Before a [`restart`](Self::restart) on a log that is not the one it was, without an epoch that says where they part: no
+    /// position of before counts, and everybody is told.
+    pub fn replace(&self) {
+        self.replaced.store(self.edge().generation + 1, Ordering::Release);
+    }
+
+    /// Whether a position of `generation` is one of a log that was replaced since.
+    #[must_use]
+    pub fn replaced_since(&self, generation: u64) -> bool {
+        generation < self.replaced.load(Ordering::Acquire)
+    }
+
     /// Takes the epochs as they are now. Where a new one began before our newest event, the tail behind it is forgotten
     /// and every position is judged anew. `start_id` is the id of the event at [`Epochs::cut_since`], if any; `whole` the
     /// newest end of a transaction at or before that, as in [`restart`](Self::restart).
@@ -287,11 +308,20 @@ impl Hub {
         }
     }
 
-    /// Lets the ring age while nothing comes in.
+    /// Lets the ring age while nothing comes in, and groups' frames.
     pub fn tick(&self, now: Instant) {
         let delivered = self.edge().deliverable.seq;
         self.ring.write().trim(now, delivered);
         self.measure(now);
+        let floor = {
+            let mut aged = self.aged.lock();
+            if now.saturating_duration_since(aged.0) < FRAME_AGE {
+                return;
+            }
+            std::mem::replace(&mut *aged, (now, delivered)).1
+        };
+        let bytes: usize = self.routes.lock().iter().map(|group| group.age(floor)).sum();
+        self.metrics.frames_bytes.set(gauge(bytes));
     }
 
     fn measure(&self, now: Instant) {

@@ -124,8 +124,13 @@ impl Follower {
         let Some(ours) = self.hub.id_at(newest) else { return Ok(true) };
         match self.asked(read::event_id(&self.database.pool(), newest)).await? {
             Some(theirs) if theirs != ours => {
-                tracing::error!(seq = newest, "the log differs from what this node has seen");
-                Err(sqlx::Error::Protocol("the log diverged without a new epoch".into()))
+                // Restored under our feet to a state of the same timeline, and grown past us: nobody knows where it parts.
+                tracing::error!(
+                    seq = newest,
+                    "the log differs from what this node has seen: all its clients begin anew"
+                );
+                self.hub.replace();
+                Ok(false)
             }
             _ => Ok(true),
         }
@@ -141,6 +146,8 @@ impl Follower {
             0 => None,
             _ => self.asked(read::whole_after(pool, base.max(bounds.oldest))).await?,
         };
+        // Until it has been read on: nobody's "now" is where the ring begins.
+        self.hub.hold(true);
         if let Some((end, id)) = next {
             self.hub.restart(end, Some(id), None, known);
         } else {
@@ -159,7 +166,7 @@ impl Follower {
             self.metrics.log_queries_total.with_label_values(&["follow"]).inc();
             failpoint::hit("feed.read").await?;
             let pool = self.database.pool();
-            let events = self.asked(read::events_within(&pool, after, through, READ_EVENTS, READ_BYTES)).await?;
+            let events = self.asked(read::events(&pool, after, through, READ_EVENTS, READ_BYTES)).await?;
             if events.first().is_none_or(|event| event.seq != after + 1) {
                 // Retention overtook us while we read: begin anew with the next turn.
                 self.started = false;

@@ -31,6 +31,7 @@ pub async fn serve(listener: TcpListener, context: Arc<Context>) {
         match accepted {
             Ok((stream, _)) => {
                 let (app, hard) = (app.clone(), hard.clone());
+                give_up_after(&stream, context.options.slow_after * 2);
                 context.lifecycle.spawn("connection", async move {
                     tokio::select! {
                         () = connection(stream, app) => {}
@@ -44,6 +45,21 @@ pub async fn serve(listener: TcpListener, context: Arc<Context>) {
             }
         }
     }
+}
+
+/// Has the system end a connection whose peer takes nothing for so long: a stream that was cut off for that, or an answer that
+/// nobody reads, would keep its file for ever. Later than the session itself gives up, which says why.
+fn give_up_after(stream: &TcpStream, patience: Duration) {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::socket::{setsockopt, sockopt::TcpUserTimeout};
+        let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        if let Err(error) = setsockopt(stream, TcpUserTimeout, &millis) {
+            tracing::debug!(%error, "TCP_USER_TIMEOUT could not be set");
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (stream, patience);
 }
 
 async fn connection(stream: TcpStream, app: Router) {

@@ -271,6 +271,16 @@ impl Group {
         }
     }
 
+    /// Lets go of the frames up to `floor`; whoever is still there reads the ring. Gives the memory of those that stay, bytes.
+    pub fn age(&self, floor: Seq) -> usize {
+        let mut live = self.live.lock();
+        while let Some(old) = live.frames.pop_front_if(|frame| frame.through <= floor) {
+            live.bytes -= old.body.len();
+            live.floor = old.through;
+        }
+        live.bytes
+    }
+
     /// Forgets all frames: what follows begins after `floor`. Wakes nobody, as [`Group::publish`].
     pub fn reset(&self, floor: Seq) {
         let mut live = self.live.lock();

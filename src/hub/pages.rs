@@ -13,6 +13,8 @@ use crate::telemetry::metrics::Metrics;
 
 /// Events of a page.
 pub const PAGE_EVENTS: u64 = 1_000;
+/// And of bytes: of larger events a page has fewer.
+const PAGE_BYTES: usize = 16 << 20;
 /// Memory of cached pages, bytes.
 const CACHE_BYTES: u64 = 64 << 20;
 /// A page is read again after this: retention may have dropped it.
@@ -53,12 +55,21 @@ impl Pages {
     pub async fn holding(&self, seq: Seq, through: Seq, generation: u64) -> Result<Page, Arc<sqlx::Error>> {
         let first = (seq - 1) / PAGE_EVENTS * PAGE_EVENTS + 1;
         let last = (first + PAGE_EVENTS - 1).min(through);
-        let read = async {
+        let page = self.page(first, last, generation).await?;
+        if page.last().is_some_and(|end| end.seq < seq) {
+            // It was full before it came to `seq`.
+            return self.page(seq, last, generation).await;
+        }
+        Ok(page)
+    }
+
+    async fn page(&self, first: Seq, last: Seq, generation: u64) -> Result<Page, Arc<sqlx::Error>> {
+        let read = Box::pin(async {
             self.metrics.log_queries_total.with_label_values(&["replay"]).inc();
             let limit = usize::try_from(PAGE_EVENTS).unwrap_or(usize::MAX);
             let pool = self.database.pool();
-            within(READ_TIMEOUT, read::events(&pool, first - 1, last, limit)).await.map(Arc::new)
-        };
+            within(READ_TIMEOUT, read::events(&pool, first - 1, last, limit, PAGE_BYTES)).await.map(Arc::new)
+        });
         self.cache.try_get_with((generation, first, last), read).await
     }
 }

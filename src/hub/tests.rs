@@ -270,3 +270,22 @@ fn what_is_taken_while_an_epoch_begins_is_told_from_what_was_before_by_its_gener
     });
     assert!(taken > 0, "nothing was taken at all");
 }
+
+/// Found in review: only their size bounded them, so 10,000 quiet subscriptions kept 10 GB.
+#[test]
+fn frames_are_let_go_of_in_time_and_whoever_is_behind_reads_the_ring() {
+    let hub = hub();
+    let tap = join(&hub);
+    let start = Instant::now();
+    hub.append(&[insert(1)], start).unwrap();
+    hub.tick(start + FRAME_AGE);
+    assert!(hub.metrics.frames_bytes.get() > 0, "whoever is a little behind takes them");
+    hub.append(&[insert(2)], start).unwrap();
+    hub.tick(start + FRAME_AGE * 2);
+    assert!(matches!(tap.group().held(0), Held::Behind));
+    assert!(matches!(tap.group().held(1), Held::Frame(_)));
+    hub.tick(start + FRAME_AGE * 3);
+    assert_eq!(hub.metrics.frames_bytes.get(), 0);
+    assert_eq!(frame(tap.pull(0)), (2, 2));
+    assert!(matches!(tap.pull(2), Pull::Idle(_)));
+}

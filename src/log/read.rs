@@ -1,6 +1,5 @@
 //! Reading the log by position.
 
-use futures_util::TryStreamExt as _;
 use sqlx::Row as _;
 use sqlx::postgres::{PgPool, PgRow};
 use uuid::Uuid;
@@ -33,39 +32,46 @@ pub async fn bounds(pool: &PgPool) -> Result<Bounds, sqlx::Error> {
 const EVENTS: &str =
     concat!("SELECT ", event_columns!(), " FROM tidewire.event_log WHERE seq > $1 AND seq <= $2 ORDER BY seq LIMIT $3");
 
-/// The events after `after` through `through`, at most `limit`, in order. What retention dropped is missing at the front.
-///
-/// # Errors
-/// When Postgres refuses.
-pub async fn events(pool: &PgPool, after: Seq, through: Seq, limit: usize) -> Result<Vec<Event>, sqlx::Error> {
-    events_within(pool, after, through, limit, usize::MAX).await
-}
+/// Events that are asked for while nothing is known of their size: they may be of the largest that the relay carries.
+const FIRST_EVENTS: usize = 4;
+/// Then at most so many times what has come: large ones may follow on small ones.
+const GROWTH: usize = 8;
 
-/// Like [`events`], at most `limit` and, where they are large, about `max_bytes` of them; at least one if there is one.
+/// The events after `after` through `through`, at most `limit` and about `max_bytes` of them, in order; at least one if there
+/// is one. What retention dropped is missing at the front.
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn events_within(
+pub async fn events(
     pool: &PgPool,
     after: Seq,
     through: Seq,
     limit: usize,
     max_bytes: usize,
 ) -> Result<Vec<Event>, sqlx::Error> {
-    let asked = sqlx::query(EVENTS)
-        .bind(after.cast_signed())
-        .bind(i64::try_from(through).unwrap_or(i64::MAX))
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX));
-    let mut rows = asked.fetch(pool);
+    // One connection, so one server, for all of it.
+    let mut connection = pool.acquire().await?;
     let (mut intern, mut events, mut bytes) = (Interner::default(), Vec::new(), 0);
-    while bytes < max_bytes
-        && let Some(row) = rows.try_next().await?
-    {
-        let event = event(&row, &mut intern)?;
-        bytes += event.bytes();
-        events.push(event);
+    let mut ask = FIRST_EVENTS.min(limit);
+    loop {
+        // Never more than is taken: what is left of an answer has to be read off the connection all the same.
+        let rows = sqlx::query(EVENTS)
+            .bind(events.last().map_or(after, |event: &Event| event.seq).cast_signed())
+            .bind(i64::try_from(through).unwrap_or(i64::MAX))
+            .bind(i64::try_from(ask).unwrap_or(i64::MAX))
+            .fetch_all(&mut *connection)
+            .await?;
+        for row in &rows {
+            let event = event(row, &mut intern)?;
+            bytes += event.bytes();
+            events.push(event);
+        }
+        if rows.len() < ask || events.len() >= limit || bytes >= max_bytes {
+            return Ok(events);
+        }
+        let fit = (max_bytes - bytes) / (bytes / events.len()).max(1);
+        ask = fit.min(events.len() * GROWTH).clamp(1, limit - events.len());
     }
-    Ok(events)
 }
 
 /// The id of the event at `seq`, if it is still there.

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use sqlx::postgres::PgListener;
 use tokio::sync::mpsc;
 
@@ -43,7 +44,7 @@ pub enum Heard {
 const QUEUE: usize = 256;
 
 /// Listens in a task of its own, so that connecting is never cut short by whatever else its reader waits for. `suspect`
-/// lets go of the connection: it may be dead without knowing it.
+/// lets go of a connection that stands: it may be dead without knowing it.
 pub fn listen(
     database: Arc<Database>,
     channels: &'static [&'static str],
@@ -58,12 +59,16 @@ pub fn listen(
                     tracing::debug!(%error, "not listening");
                     Heard::Down
                 }),
-                () = suspect.notified() => {
+                () = suspect.notified(), if listener.live.is_some() => {
                     listener.live = None;
                     continue;
                 }
                 () = sender.closed() => return,
             };
+            if matches!(heard, Heard::Lost) {
+                // What was suspected is not this connection.
+                let _ = suspect.notified().now_or_never();
+            }
             if sender.send(heard).await.is_err() {
                 return;
             }

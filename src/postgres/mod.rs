@@ -148,10 +148,14 @@ impl Database {
             let Some((options, tried)) = next else { break };
             match tried {
                 Ok(Ok((connection, Some(found)))) => {
+                    // One that is known to be left may only be the nearest.
+                    let current = self.identity.is_current(&found);
                     if best.as_ref().is_none_or(|(_, known, _)| found.timeline > known.timeline) {
                         best = Some((connection, found, options));
                     }
-                    patience.as_mut().reset(tokio::time::Instant::now() + OTHERS_PATIENCE);
+                    if current {
+                        patience.as_mut().reset(tokio::time::Instant::now() + OTHERS_PATIENCE);
+                    }
                 }
                 Ok(Ok((_, None))) => {}
                 Ok(Err(error)) => failure = ConnectError::Unreachable(error),

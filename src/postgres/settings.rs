@@ -9,6 +9,8 @@ use sqlx::postgres::PgConnection;
 /// # Errors
 /// When the server refuses.
 pub async fn lead(connection: &mut PgConnection, lease: Duration) -> Result<(), sqlx::Error> {
+    // Sooner than we give up: who waits for a lock is told so, and may go on without it.
+    let lock = format!("{}ms", lease.as_millis() / 2);
     let lease = format!("{}ms", lease.as_millis());
     // Each of the first six covers a hole that the others leave (notes of the design, "how fast does the server notice").
     // synchronous_commit: the cluster's stronger setting stays, `off` and `local` would show what a crash can take back.
@@ -23,7 +25,7 @@ pub async fn lead(connection: &mut PgConnection, lease: Duration) -> Result<(), 
                 set_config('tcp_keepalives_count', '2', false),
                 set_config('client_connection_check_interval', '500ms', false),
                 set_config('statement_timeout', '10s', false),
-                set_config('lock_timeout', '2s', false),
+                set_config('lock_timeout', $2, false),
                 set_config('synchronous_commit',
                     CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
                          ELSE current_setting('synchronous_commit') END, false),
@@ -35,6 +37,7 @@ pub async fn lead(connection: &mut PgConnection, lease: Duration) -> Result<(), 
                 set_config('timezone', 'UTC', false)",
     )
     .bind(lease)
+    .bind(lock)
     .persistent(false)
     .execute(connection)
     .await?;

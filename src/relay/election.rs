@@ -141,7 +141,7 @@ async fn lead(
         partition_end: 0,
         pace: Pace::new(Instant::now()),
         window: i64::from(relay.options.batch),
-        portion: Portion::new(relay.options.batch),
+        portion: Portion::new(relay.options.batch, relay.options.event_bytes),
         interner: Interner::default(),
         parked: false,
         swept: Instant::now(),

@@ -6,8 +6,8 @@
 
 /// Bytes of events that a claim is to bring, about.
 const CLAIM_BYTES: usize = 32 << 20;
-/// Rows of a term's first claim.
-const FIRST_ROWS: u32 = 64;
+/// Most rows of a term's first claim.
+const FIRST_ROWS: u64 = 64;
 /// At most so many times the rows of the claim before.
 const GROWTH: u32 = 4;
 
@@ -19,9 +19,11 @@ pub(super) struct Portion {
 }
 
 impl Portion {
-    /// Of a term that has claimed nothing yet, at most `batch` rows a claim.
-    pub(super) fn new(batch: u32) -> Self {
-        Self { rows: FIRST_ROWS.min(batch), batch }
+    /// Of a term that has claimed nothing yet, at most `batch` rows a claim, each of at most `event_bytes`: the first claim
+    /// ends within a lease whatever it meets.
+    pub(super) fn new(batch: u32, event_bytes: u64) -> Self {
+        let fit = (CLAIM_BYTES as u64 / event_bytes.max(1)).clamp(1, FIRST_ROWS);
+        Self { rows: u32::try_from(fit).unwrap_or(1).min(batch), batch }
     }
 
     /// Rows, 1 to `batch`.
@@ -46,19 +48,20 @@ mod tests {
 
     #[test]
     fn small_rows_make_whole_batches_within_a_few_claims() {
-        let mut portion = Portion::new(5_000);
+        let mut portion = Portion::new(5_000, 8 << 20);
         let mut rows = Vec::new();
-        for _ in 0..5 {
+        for _ in 0..7 {
             rows.push(portion.rows());
             let events = portion.rows() as usize;
             portion.claimed(events, events * 300);
         }
-        assert_eq!(rows, [64, 256, 1_024, 4_096, 5_000]);
+        assert_eq!(rows, [4, 16, 64, 256, 1_024, 4_096, 5_000]);
     }
 
     #[test]
     fn rows_of_a_megabyte_are_taken_by_the_dozen_and_a_claim_of_nothing_changes_nothing() {
-        let mut portion = Portion::new(5_000);
+        let mut portion = Portion::new(5_000, 1 << 10);
+        assert_eq!(portion.rows(), 64);
         portion.claimed(64, 64 << 20);
         assert_eq!(portion.rows(), 32);
         portion.claimed(0, 0);
@@ -67,6 +70,6 @@ mod tests {
         assert_eq!(portion.rows(), 1);
         portion.claimed(1, 300);
         assert_eq!(portion.rows(), 4);
-        assert_eq!(Portion::new(10).rows(), 10);
+        assert_eq!((Portion::new(10, 1).rows(), Portion::new(10, u64::MAX).rows()), (10, 1));
     }
 }

@@ -98,7 +98,8 @@ pub async fn start(
     // Join before the position is taken: frames of a group that is new begin at or before it.
     let tap = join(context, scopes, subscribe, &wish, signal).await?;
     let Some(cursor) = asked else {
-        let edge = context.hub.edge();
+        // Not whatever the edge says: while the log is exchanged it still names the end of the one that goes.
+        let edge = resume::settled(context).await?;
         let (cursor, generation) = (edge.boundary, edge.generation);
         return Ok(Started { tap, cursor, recovered: None, source: Source::Live, generation });
     };

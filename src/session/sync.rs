@@ -9,13 +9,16 @@ use crate::protocol::error::{ErrorCode, WireError};
 use crate::session::Context;
 use crate::session::machine::unavailable;
 
-/// Between two looks at a transaction that is not relayed yet.
+/// Between two looks at a transaction that is not relayed yet: twice as long each time.
 const SYNC_POLL: Duration = Duration::from_millis(20);
+/// And at most this long: thousands may wait for one transaction.
+const SYNC_POLL_CAP: Duration = Duration::from_millis(200);
 /// Longest wait for one such look.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where everything of a transaction has been numbered.
 pub(super) async fn find_transaction(context: &Context, xid: u64, until: Instant) -> Result<Cursor, WireError> {
+    let mut wait = SYNC_POLL;
     loop {
         let pool = context.database.pool();
         let found = within(SYNC_TIMEOUT, read::transaction(&pool, xid)).await;
@@ -40,6 +43,7 @@ pub(super) async fn find_transaction(context: &Context, xid: u64, until: Instant
         if Instant::now() >= until {
             return Err(unavailable("the transaction is not over, or not relayed yet"));
         }
-        tokio::time::sleep(SYNC_POLL).await;
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(SYNC_POLL_CAP);
     }
 }

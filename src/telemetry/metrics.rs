@@ -72,6 +72,7 @@ metrics! {
     notify_queue_permille: Gauge = "tidewire_notify_queue_permille", "Use of Postgres's notification queue in thousandths (leader only)";
     ring_events: Gauge = "tidewire_ring_events", "Events in the ring";
     ring_bytes: Gauge = "tidewire_ring_bytes", "Memory of the ring's events, bytes";
+    frames_bytes: Gauge = "tidewire_frames_bytes", "Memory of the rendered frames that groups keep, bytes";
     ring_age_ms: Gauge = "tidewire_ring_age_ms", "Age of the ring's oldest event, milliseconds";
     connections: GaugeVec = "tidewire_connections" ["transport"], "Live connections";
     connections_total: CounterVec = "tidewire_connections_total" ["transport"], "Connections accepted";

@@ -429,3 +429,42 @@ async fn a_node_that_starts_inside_an_open_transaction_longer_than_its_ring_give
         client.expect_keys(1..=OPEN + 1).await;
     }
 }
+
+/// Found in review: a page of the log was bounded in rows only, and a page of large ones was gigabytes.
+#[tokio::test]
+async fn rows_of_megabytes_are_resumed_from_the_log_a_few_at_a_time() {
+    const ROWS: i64 = 30;
+    let cluster = TestCluster::with(1, |settings| settings.ring_bytes = Some(1 << 20)).await;
+    let node = cluster.node(0);
+    let start = node.context().hub.edge().boundary;
+    for id in 1..=ROWS {
+        let note = "(SELECT string_agg(md5(g::text), '') FROM generate_series(1, 32000) g)";
+        cluster.run(&format!("INSERT INTO orders (id, note) VALUES ({id}, {note})")).await;
+    }
+    node.reached(ROWS as u64).await;
+    for seq in 1..=ROWS as u64 {
+        let page = node.context().pages.holding(seq, ROWS as u64, node.context().hub.edge().generation).await.unwrap();
+        assert!(page.iter().any(|event| event.seq == seq), "{seq}");
+        assert!(page.len() < ROWS as usize, "{} rows of 1 MB", page.len());
+    }
+    let mut client = node.client_after("orders", start).await;
+    client.expect_keys(1..=ROWS).await;
+}
+
+/// Found in review: such a node met another event at its place with every reading, and never delivered anything again.
+#[tokio::test]
+async fn clients_of_a_log_that_was_replaced_without_a_word_are_told_and_the_node_goes_on() {
+    let cluster = TestCluster::start(1).await;
+    let node = cluster.node(0);
+    let mut wire = node.wire().await;
+    wire.subscribe("o", "orders").await;
+    cluster.insert("orders", 1..=5).await;
+    node.reached(5).await;
+    // As a snapshot of the disk that was restored and has grown past what the node knows.
+    cluster.run("UPDATE tidewire.event_log SET event_id = gen_random_uuid()").await;
+    let resync = wire.find("resync_required").await;
+    assert_eq!(resync["reason"], "history_diverged");
+    let mut client = node.client("orders").await;
+    cluster.insert("orders", 6..=7).await;
+    client.expect_keys(6..=7).await;
+}

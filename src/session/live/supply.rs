@@ -57,8 +57,8 @@ impl Session {
                 // Judged when the hold ends, which wakes it; until then nothing of the changed log counts.
                 return Step::Nothing;
             }
-            place.generation = edge.generation;
-            return self.judge_anew(index).unwrap_or(Step::Skipped);
+            let before = std::mem::replace(&mut place.generation, edge.generation);
+            return self.judge_anew(index, before).unwrap_or(Step::Skipped);
         }
         if place.reading {
             return Step::Nothing;
@@ -123,13 +123,14 @@ impl Session {
     }
 
     /// The log has a new epoch: does the position still belong to it?
-    fn judge_anew(&mut self, index: usize) -> Option<Step> {
+    fn judge_anew(&mut self, index: usize, before: u64) -> Option<Step> {
         let place = self.places.get_mut(index)?;
         place.carry.clear();
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
         // An epoch that is no more was lost with its tail.
-        let diverged = epochs.admit(&position).is_err() && !mutant::is(Mutant::DivergedNotTold);
+        let diverged = self.context.hub.replaced_since(before) || epochs.admit(&position).is_err();
+        let diverged = diverged && !mutant::is(Mutant::DivergedNotTold);
         if diverged || mutant::is(Mutant::ResyncEverybody) {
             let what = "the database was rewound to before this position; what came after it never happened";
             let id = place.id.to_string();

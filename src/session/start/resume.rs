@@ -135,8 +135,9 @@ async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, Wir
             let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
             let same = epochs.is_ok_and(|(epochs, _)| epochs == known);
             let nowhere = admitted == Err(EpochFault::Unknown) || bounds.newest < cursor.seq;
-            if same && nowhere && !context.hub.edge().held {
-                return Ok(context.hub.edge());
+            let edge = context.hub.edge();
+            if same && nowhere && !edge.held {
+                return Ok(edge);
             }
         }
         if Instant::now() >= until {

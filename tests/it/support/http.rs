@@ -57,6 +57,15 @@ impl Answer {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
+    /// Whether the server's end of the connection is still there: who is cut off without reading does not learn it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn server_holds_on(&self) -> bool {
+        let stream = self.body.get_ref();
+        let [server, client] = [stream.peer_addr(), stream.local_addr()].map(|address| address.unwrap().port());
+        let pair = format!(" 0100007F:{server:04X} 0100007F:{client:04X} ");
+        std::fs::read_to_string("/proc/net/tcp").unwrap().contains(&pair)
+    }
+
     /// The whole body.
     pub(crate) async fn text(mut self) -> String {
         let mut text = String::new();
