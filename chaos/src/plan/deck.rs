@@ -107,7 +107,7 @@ pub(super) const DECK: &[Class] = &[
         "F3",
         Takes::NODE,
         5_000,
-        2,
+        1,
         &[
             small("5s", 5_000, 5_000),
             small("1s", 1_000, 1_000),
@@ -234,7 +234,7 @@ pub(super) const DECK: &[Class] = &[
         1,
         &[small("one", 1_000, 2_000), full("all", 1_000, 2_000), full("clients", 1_000, 2_000)],
     ),
-    class("F20", Takes::ALL, 6_000, 2, &[full("rolling", 22_000, 22_000)]),
+    class("F20", Takes::ALL, 6_000, 1, &[full("rolling", 22_000, 22_000)]),
     class(
         "F21",
         Takes::NODE,
@@ -261,7 +261,7 @@ pub(super) const DECK: &[Class] = &[
         "FP",
         Takes::NODE,
         5_000,
-        4,
+        3,
         &[full("kill", 2_000, 4_000), full("error", 2_000, 4_000), full("sleep", 2_000, 4_000)],
     ),
 ];
