@@ -76,7 +76,7 @@ struct Create {
     /// May use the administrative resources
     #[arg(long)]
     admin: bool,
-    /// May read what is older than the window in memory
+    /// For the history of rows and state at a time, which this version does not offer; resuming needs no such right
     #[arg(long)]
     history: bool,
     /// Connections over the whole cluster

@@ -237,6 +237,8 @@ impl Driver {
                     Ok(()) => drop(self.inboxes.insert(id, inbox)),
                     Err(error) => drop(inbox.push(Delivery::End(error))),
                 }
+                // Whoever asked may have given up before the inbox was known here: nobody tells of that again.
+                self.sweep()?;
             }
             Command::Sync { tx, timeout, reply } => {
                 self.next_token += 1;

@@ -163,7 +163,7 @@ pub enum Op {
     Update,
     /// A row went.
     Delete,
-    /// All rows went.
+    /// All rows went; those of one partition if the event's headers name it as `tidewire.partition`.
     Truncate,
     /// A domain event.
     Event,

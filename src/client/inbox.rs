@@ -62,7 +62,7 @@ impl Inbox {
     /// Queues a delivery; whether the queue is full now.
     pub(super) fn push(&self, delivery: Delivery) -> bool {
         let mut state = self.state.lock();
-        if state.ended {
+        if state.ended || state.abandoned {
             return false;
         }
         state.ended = matches!(delivery, Delivery::Resync(_) | Delivery::End(_));

@@ -230,7 +230,10 @@ impl Machine {
                 let id = resync.id.clone();
                 self.end(&id, Delivery::Resync(resync));
             }
-            ServerMessage::Unsubscribed { id } => drop(self.subs.remove(id.as_str())),
+            // It may come after the server has ended the subscription by itself, and be of one before this.
+            ServerMessage::Unsubscribed { id } => {
+                self.subs.retain(|known, sub| known[..] != *id || sub.phase != Phase::Leaving)
+            }
             ServerMessage::Synced { tx, cursor } => {
                 if let Some(token) = self.requests.synced(&tx) {
                     self.out.push_back(Action::Answer(token, Ok(cursor)));
@@ -373,6 +376,8 @@ impl Machine {
         let drained = matches!(&self.link, Link::Open { slot: Some(_), .. });
         self.link = Link::Down;
         self.subs.retain(|_, sub| sub.phase != Phase::Leaving);
+        // Refusals are counted on one connection: another node may well be able to serve it.
+        self.subs.values_mut().for_each(|sub| sub.retries.reset());
         if let Some(error) = cause.stops() {
             self.out.push_back(Action::GiveUp(error));
             return Next::Stop;

@@ -32,6 +32,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (4, "tracking", include_str!("../../migrations/0004_tracking.sql")),
     (5, "tickets", include_str!("../../migrations/0005_tickets.sql")),
     (6, "schema_events", include_str!("../../migrations/0006_schema_events.sql")),
+    (7, "capture_safety", include_str!("../../migrations/0007_capture_safety.sql")),
 ];
 
 /// What [`migrate`] did.

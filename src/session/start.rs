@@ -321,10 +321,16 @@ fn table_plan(
     }
     if let Some(condition) = &access.condition {
         let compiled = Filter::compile(condition, &columns);
-        plan.condition = Some(compiled.map_err(|error| {
+        let compiled = compiled.map_err(|error| {
             let what = format!("this key's row condition does not fit {name} ({error}): mend the key");
             WireError::never(ErrorCode::Forbidden, what)
-        })?);
+        })?;
+        let captured = info.and_then(|info| info.captured.as_ref());
+        if let Some(column) = compiled.columns().find(|column| captured.is_some_and(|known| !known.contains(*column))) {
+            // No event would say what the condition is about: the subscription would be silent for ever.
+            return forbidden(format!("{name} is tracked without the column {column:?} of this key's row condition"));
+        }
+        plan.condition = Some(compiled);
     }
     if let Some(text) = &subscribe.filter {
         let filter = Filter::compile(text, &columns)

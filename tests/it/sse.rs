@@ -69,6 +69,10 @@ async fn a_ticket_opens_one_stream_without_a_header() {
     let ticket = body["ticket"].as_str().unwrap();
     assert_eq!(body["expires_in_ms"], 30_000);
 
+    // A ticket buys no other.
+    let trade = format!("/v1/tickets?ticket={ticket}");
+    assert_eq!(ask("POST", cluster.node(0).address(), &trade, &[]).await.status, 401);
+
     // On any node, once.
     let target = format!("/v1/sse?table=orders&ticket={ticket}");
     let mut stream = cluster.node(1).get(&target).await;

@@ -99,6 +99,89 @@ async fn bulk_capture_sees_writes_that_name_a_partition() {
     );
 }
 
+/// Found in review: every write to such a table failed.
+#[tokio::test]
+async fn bulk_capture_of_a_table_without_a_key_has_no_key() {
+    let database = database_with(
+        "CREATE TABLE t (a int); SELECT tidewire.track('t', bulk => true);
+         INSERT INTO t VALUES (1), (2); UPDATE t SET a = 3 WHERE a = 2; DELETE FROM t WHERE a = 1;
+         CREATE TABLE u (a int PRIMARY KEY); SELECT tidewire.track('u', bulk => true);
+         ALTER TABLE u DROP CONSTRAINT u_pkey; SELECT tidewire.refresh_tracked(); INSERT INTO u VALUES (4)",
+    )
+    .await;
+    let seen = strings(
+        &database.pool,
+        "SELECT concat_ws(' ', operation, coalesce(row_key::text, '-'), coalesce(after_data, before_data)) FROM tidewire.outbox ORDER BY id",
+    )
+    .await;
+    assert_eq!(
+        seen,
+        [
+            r#"INSERT - {"a":1}"#,
+            r#"INSERT - {"a":2}"#,
+            r#"UPDATE - {"a":3}"#,
+            r#"DELETE - {"a":1}"#,
+            r#"INSERT - {"a":4}"#
+        ]
+    );
+}
+
+/// Found in review: its changes went out under its own name, past the conditions of the table's keys, and it could not be
+/// attached again.
+#[tokio::test]
+async fn a_partition_that_was_detached_is_captured_no_more_until_it_is_attached_again() {
+    for bulk in [false, true] {
+        let database = database_with(&format!(
+            "CREATE TABLE p (id int PRIMARY KEY) PARTITION BY LIST (id); CREATE TABLE p1 PARTITION OF p FOR VALUES IN (1);
+             SELECT tidewire.track('p', bulk => {bulk}); ALTER TABLE p DETACH PARTITION p1"
+        ))
+        .await;
+        let count = "SELECT count(*)::text FROM tidewire.outbox";
+        // Before the leader has looked, and after.
+        run(&database.pool, "INSERT INTO p1 VALUES (1); TRUNCATE p1").await;
+        assert_eq!(strings(&database.pool, count).await, ["0"], "bulk: {bulk}");
+        assert_eq!(problems(&database.pool).await, NOTHING);
+        run(&database.pool, "INSERT INTO p1 VALUES (1); UPDATE p1 SET id = 2; TRUNCATE p1").await;
+        assert_eq!(strings(&database.pool, count).await, ["0"], "bulk: {bulk}");
+        let tracked = "SELECT table_name FROM tidewire.tracked_tables";
+        assert_eq!(strings(&database.pool, tracked).await, ["public.p"]);
+        run(&database.pool, "ALTER TABLE p ATTACH PARTITION p1 FOR VALUES IN (1)").await;
+        assert_eq!(problems(&database.pool).await, NOTHING);
+        run(&database.pool, "INSERT INTO p1 VALUES (1)").await;
+        let seen = "SELECT DISTINCT table_name FROM tidewire.outbox";
+        assert_eq!(strings(&database.pool, seen).await, ["public.p"], "bulk: {bulk}");
+    }
+}
+
+/// Found in review: whoever owned any table could end the watch over all of them.
+#[tokio::test]
+async fn triggers_with_arguments_of_somebodys_own_stop_no_look_at_other_tables() {
+    let database = database_with("CREATE TABLE good (id int PRIMARY KEY); SELECT tidewire.track('good')").await;
+    let valid = r#""before_image":true,"notify":false,"bulk":false,"deferred":false,"replica":false"#;
+    let options = [
+        "5".to_owned(),
+        "[]".to_owned(),
+        r#"{"relid":"x"}"#.to_owned(),
+        format!(r#"{{"relid":99999999999,{valid}}}"#),
+        format!(r#"{{"relid":1,"key":5,{valid}}}"#),
+        format!(r#"{{"relid":1,"key":[{{"name":"a","attnum":70000}}],{valid}}}"#),
+        format!(r#"{{"relid":1,"primary":"perhaps",{valid}}}"#),
+    ];
+    let hex = |text: &String| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+    for (n, argument) in ["zz".to_owned(), "ff".to_owned()].into_iter().chain(options.iter().map(hex)).enumerate() {
+        run(
+            &database.pool,
+            &format!(
+                r#"CREATE TABLE own_{n} (id int); CREATE TRIGGER "!tidewire_truncate" AFTER TRUNCATE ON own_{n}
+                   FOR EACH STATEMENT EXECUTE FUNCTION tidewire.capture_truncate('b', '{argument}')"#
+            ),
+        )
+        .await;
+        assert_eq!(problems(&database.pool).await, NOTHING, "{argument}");
+    }
+    assert_eq!(strings(&database.pool, "SELECT table_name FROM tidewire.tracked_tables").await, ["public.good"]);
+}
+
 #[tokio::test]
 async fn the_leader_is_told_of_missing_and_disabled_triggers_and_of_dropped_tables() {
     let database = database_with(

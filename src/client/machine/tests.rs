@@ -314,6 +314,37 @@ fn a_subscription_that_was_dropped_hears_nothing_and_is_not_resumed() {
     assert!(script.machine.subscribe(request("a")).is_ok());
 }
 
+/// Found in review: the newer subscription was forgotten, and whoever waited for it waited for ever.
+#[test]
+fn a_late_farewell_to_a_subscription_does_not_end_a_newer_one_of_its_id() {
+    let mut script = Script::live(5);
+    script.machine.unsubscribe("a");
+    let resync =
+        r#"{"type":"resync_required","id":"a","reason":"too_far_behind","oldest":null,"newest":null,"message":"m"}"#;
+    script.say(resync);
+    script.machine.subscribe(request("a")).unwrap();
+    script.say(r#"{"type":"unsubscribed","id":"a"}"#);
+    assert!(matches!(&script.say(&subscribed(9))[..], [Action::Deliver(_, Delivery::Started { .. })]));
+}
+
+/// Found in review: ten refusals of one node ended a subscription that the next would have served.
+#[test]
+fn refusals_are_counted_on_one_connection() {
+    let away = r#"{"type":"error","id":"a","code":"unavailable","message":"m","retry":"backoff","retry_after_ms":300}"#;
+    let mut script = Script::new(None);
+    script.open();
+    script.machine.subscribe(request("a")).unwrap();
+    script.take_actions();
+    for _ in 0..4 {
+        for _ in 0..MAX_SUBSCRIBE_RETRIES - 1 {
+            assert!(script.say(away).is_empty());
+            script.pass(Duration::from_millis(300));
+        }
+        script.lose(network(), 0.0);
+        script.open();
+    }
+}
+
 #[test]
 fn a_message_too_large_for_the_server_is_not_sent() {
     let mut script = Script::live(5);
