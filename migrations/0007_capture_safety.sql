@@ -230,3 +230,42 @@ BEGIN
 END $$;
 
 RESET ROLE;
+
+-- Capture runs with the rights of its functions' owner, and to render a row as JSON calls the casts to json of its columns'
+-- types, which whoever owns the table may have defined. So that owner may write into the outbox, and nothing else.
+DO $$
+DECLARE
+    owner name := (SELECT pg_catalog.pg_get_userbyid(relowner) FROM pg_catalog.pg_class WHERE oid = 'tidewire.outbox'::regclass);
+BEGIN
+    -- Another database's migration may do the same at the same moment: roles are global.
+    BEGIN
+        IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'tidewire_capture') THEN
+            CREATE ROLE tidewire_capture NOLOGIN;
+        END IF;
+    EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+    END;
+    -- Later migrations replace these functions as the owner of everything else.
+    BEGIN
+        IF NOT pg_has_role(owner, 'tidewire_capture', 'USAGE') THEN
+            EXECUTE format('GRANT tidewire_capture TO %I', owner);
+        END IF;
+    EXCEPTION WHEN unique_violation OR internal_error THEN NULL;
+    END;
+    GRANT USAGE, CREATE ON SCHEMA tidewire TO tidewire_capture;
+    GRANT INSERT, SELECT (id, xid, table_name, operation, headers) ON tidewire.outbox TO tidewire_capture;
+    GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), tidewire.key_of(json, text[]),
+        tidewire.column_names(oid, jsonb, text), tidewire.options_of(text), tidewire.picked(json, text[], boolean),
+        tidewire.still_named(oid, int2[], text[]), tidewire.context_headers(json) TO tidewire_capture;
+    ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
+    ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;
+    ALTER FUNCTION tidewire.capture_truncate() OWNER TO tidewire_capture;
+    REVOKE CREATE ON SCHEMA tidewire FROM tidewire_capture;
+    IF NOT has_schema_privilege('tidewire_capture', 'tidewire', 'USAGE')
+        OR NOT has_table_privilege('tidewire_capture', 'tidewire.outbox', 'INSERT')
+        OR NOT has_function_privilege('tidewire_capture', 'tidewire.key_of(json, text[])', 'EXECUTE') THEN
+        RAISE insufficient_privilege;
+    END IF;
+EXCEPTION WHEN insufficient_privilege OR undefined_object THEN
+    RAISE NOTICE 'tidewire: role % may not give capture a role of its own: whoever may track tables can act as %', current_user, owner
+        USING HINT = format('A superuser can run: CREATE ROLE tidewire_capture NOLOGIN; GRANT tidewire_capture TO %I; before the migration.', owner);
+END $$;

@@ -98,3 +98,32 @@ async fn a_role_that_may_only_create_in_the_database_can_own_everything_itself()
     emitted.unwrap();
     run(&database.pool, &format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}")).await;
 }
+
+/// As the first user of a managed service is.
+#[tokio::test]
+async fn a_role_that_may_create_roles_gives_everything_and_capture_owners_of_their_own() {
+    let database = database().await;
+    let (role, options) = stranger(&database.pool, &database.url).await;
+    run(&database.pool, "DROP SCHEMA tidewire CASCADE").await;
+    run(
+        &database.pool,
+        &format!(
+            "ALTER ROLE {role} CREATEROLE;
+             DO $$ BEGIN EXECUTE format('GRANT CREATE ON DATABASE %I TO {role}', current_database()); END $$"
+        ),
+    )
+    .await;
+    assert_eq!(migrate(&options).await.unwrap().to, version());
+    let owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc
+                  WHERE pronamespace = 'tidewire'::regnamespace AND proname LIKE 'capture%'";
+    let owners: Vec<String> = sqlx::query_scalar(owners).fetch_all(&database.pool).await.unwrap();
+    assert_eq!(owners, ["tidewire_capture"]);
+    let own = sqlx::PgPool::connect_with(options).await.unwrap();
+    run(&own, "CREATE SCHEMA own; CREATE TABLE own.t (id int PRIMARY KEY); SELECT tidewire.track('own.t')").await;
+    run(&own, "INSERT INTO own.t VALUES (1); UPDATE own.t SET id = 2; TRUNCATE own.t").await;
+    let captured: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM tidewire.outbox").fetch_one(&database.pool).await.unwrap();
+    assert_eq!(captured, 3);
+    own.close().await;
+    run(&database.pool, &format!("DROP OWNED BY {role} CASCADE; DROP ROLE {role}")).await;
+}

@@ -286,7 +286,7 @@ fn the_runbook_names_every_metric_and_no_other() {
     let missing = Metrics::NAMES.iter().filter(|name| !page.contains(&format!("\n| `{name}` |")));
     none(&missing.map(|name| (*name).to_owned()).collect::<Vec<_>>(), "docs/RUNBOOK.md, Metrics, has no line for");
 
-    let roles_and_channels = ["tidewire_owner", "tidewire_app", "tidewire_feed", "tidewire_leader"];
+    let roles_and_channels = ["tidewire_owner", "tidewire_app", "tidewire_capture", "tidewire_feed", "tidewire_leader"];
     let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
     let said: BTreeSet<&str> =
         page.match_indices("tidewire_").filter_map(|(at, _)| page[at..].split(|c| !is_name(c)).next()).collect();

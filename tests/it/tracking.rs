@@ -182,6 +182,41 @@ async fn triggers_with_arguments_of_somebodys_own_stop_no_look_at_other_tables()
     assert_eq!(strings(&database.pool, "SELECT table_name FROM tidewire.tracked_tables").await, ["public.good"]);
 }
 
+/// Found in review: a cast that the table's owner had defined ran with the rights of the owner of everything.
+#[tokio::test]
+async fn what_a_tables_owner_has_capture_call_may_touch_nothing_of_ours() {
+    for bulk in [false, true] {
+        let database = database_with(&format!(
+            "CREATE TYPE e AS ENUM ('a');
+             CREATE FUNCTION f(e) RETURNS json LANGUAGE plpgsql AS 'BEGIN RETURN to_json(current_user::text); END';
+             CREATE CAST (e AS json) WITH FUNCTION f(e);
+             CREATE TABLE t (id int PRIMARY KEY, v e); SELECT tidewire.track('t', bulk => {bulk}); INSERT INTO t VALUES (1, 'a')"
+        ))
+        .await;
+        let seen = strings(&database.pool, "SELECT after_data ->> 'v' FROM tidewire.outbox").await;
+        assert_eq!(seen, ["tidewire_capture"], "bulk: {bulk}");
+        for theft in [
+            "UPDATE tidewire.api_keys SET name = name",
+            "PERFORM feed_key FROM tidewire.terms",
+            "PERFORM after_data FROM tidewire.event_log",
+            "PERFORM after_data FROM tidewire.outbox",
+            "DELETE FROM tidewire.outbox",
+            "CREATE TABLE tidewire.mine (id int)",
+        ] {
+            run(
+                &database.pool,
+                &format!(
+                    "CREATE OR REPLACE FUNCTION f(e) RETURNS json LANGUAGE plpgsql AS 'BEGIN {theft}; RETURN 1; END'"
+                ),
+            )
+            .await;
+            let refused = refusal(&database.pool, "INSERT INTO t VALUES (2, 'a')").await;
+            assert!(refused.starts_with("permission denied"), "{theft}: {refused}");
+        }
+        run(&database.pool, "DROP CAST (e AS json); TRUNCATE t; INSERT INTO t VALUES (3, 'a')").await;
+    }
+}
+
 #[tokio::test]
 async fn the_leader_is_told_of_missing_and_disabled_triggers_and_of_dropped_tables() {
     let database = database_with(
