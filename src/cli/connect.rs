@@ -59,7 +59,7 @@ pub fn explained(error: sqlx::Error) -> anyhow::Error {
     let sqlx::Error::Database(database) = &error else { return error.into() };
     let Some(postgres) = database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() else { return error.into() };
     match (postgres.code(), postgres.hint()) {
-        ("3F000" | "42883", _) if postgres.message().contains("tidewire") => {
+        ("3F000" | "42883" | "42P01", _) if postgres.message().contains("tidewire") => {
             anyhow::anyhow!("{}: run `tidewire migrate` first", postgres.message())
         }
         (_, Some(hint)) => anyhow::anyhow!("{}. {hint}", postgres.message()),

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use sqlx::PgPool;
 
-use crate::cli::connect::DatabaseArgs;
+use crate::cli::connect::{DatabaseArgs, explained};
 
 /// List the tracked tables with their options and health
 #[derive(clap::Args, Clone, Debug)]
@@ -48,7 +48,7 @@ from_row!(TrackedTable { table, key, columns, except, before_image, channel, bul
 /// # Errors
 /// No database, or one without Tidewire's schema.
 pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
-    let tables = tracked_tables(&args.database.pool().await?).await?;
+    let tables = tracked_tables(&args.database.pool().await?).await.map_err(explained)?;
     if args.json {
         println!("{}", serde_json::to_string(&tables)?);
     } else {

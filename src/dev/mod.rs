@@ -215,8 +215,8 @@ impl Base {
         };
         match tokio::time::timeout(CLEAN_UP_LIMIT, clean_up).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!("the key or the demo stays in the database: {error:#}"),
-            Err(_) => tracing::warn!("the key or the demo stays in the database, which does not answer"),
+            Ok(Err(error)) => eprintln!("the key or the demo stays in the database: {error:#}"),
+            Err(_) => eprintln!("the key or the demo stays in the database, which does not answer"),
         }
         // A connection that does not answer must not keep us.
         let _ = tokio::time::timeout(CLEAN_UP_LIMIT, self.pool.close()).await;

@@ -131,9 +131,16 @@ impl NodeProcess {
     }
 
     fn start(&self) -> io::Result<Child> {
+        // The cluster is this command's own: what the surroundings set for another one is not for its nodes.
+        let strange =
+            std::env::vars_os().map(|(name, _)| name).filter(|name| name.to_string_lossy().starts_with("TIDEWIRE_"));
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.log)?;
         let both = log.try_clone()?;
-        Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        for name in strange {
+            command.env_remove(name);
+        }
+        command
             .args(["serve", "--node", &self.name, "--listen", &self.address.to_string(), "--exit-on-stdin-eof"])
             .env("TIDEWIRE_DATABASE_URL", self.database_url.expose())
             .stdin(Stdio::piped())

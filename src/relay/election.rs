@@ -72,6 +72,8 @@ async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> 
     relay.metrics.leader.set(0);
     relay.metrics.relay_parked.set(0);
     relay.metrics.table_faults.set(0);
+    relay.metrics.notify_queue_permille.set(0);
+    relay.metrics.feed_backlog_batches.set(0);
     match ended {
         Ok(term) => {
             let goodbye = resign(connection, &term);

@@ -83,7 +83,7 @@ metrics! {
     resyncs_total: CounterVec = "tidewire_resyncs_total" ["reason"], "Subscriptions that could not be resumed";
     slow_consumers_total: Counter = "tidewire_slow_consumers_total", "Connections closed because they accepted nothing for too long";
     held_back_total: Counter = "tidewire_held_back_total", "Times a WebSocket client was not read any more until it took the answers that waited for it";
-    fallbacks_total: CounterVec = "tidewire_fallbacks_total" ["to"], "Times a live subscription fell back to the ring or to the log";
+    fallbacks_total: CounterVec = "tidewire_fallbacks_total" ["to"], "Times a subscription had to read the log";
     errors_total: CounterVec = "tidewire_errors_total" ["code"], "Errors answered to clients";
     auth_total: CounterVec = "tidewire_auth_total" ["outcome"], "Authentications";
     postgres_up: Gauge = "tidewire_postgres_up", "1 while this node's LISTEN connection stands";

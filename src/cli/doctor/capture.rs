@@ -11,9 +11,37 @@ pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
         Err(error) => return vec![super::unasked("triggers", &error)],
     };
     let mut findings = triggers(&tables);
+    findings.extend(or_unasked("capture's rights", rights(pool).await));
     findings.extend(or_unasked("order", order(pool, &tables).await));
     findings.extend(or_unasked("tables", peculiarities(pool).await));
     findings
+}
+
+/// What a superuser runs where the migration could not.
+const OWN_ROLE: &str = "\
+CREATE ROLE tidewire_capture NOLOGIN;
+GRANT USAGE ON SCHEMA tidewire TO tidewire_capture;
+GRANT INSERT, SELECT (id, xid, table_name, operation, headers) ON tidewire.outbox TO tidewire_capture;
+GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), tidewire.key_of(json, text[]),
+    tidewire.column_names(oid, jsonb, text), tidewire.options_of(text), tidewire.picked(json, text[], boolean),
+    tidewire.still_named(oid, int2[], text[]), tidewire.context_headers(json) TO tidewire_capture;
+ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
+ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;
+ALTER FUNCTION tidewire.capture_truncate() OWNER TO tidewire_capture;";
+
+/// To render a row, capture calls casts that the table's owner may have defined.
+async fn rights(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+    let (capture, all): (String, String) = sqlx::query_as(
+        "SELECT p.proowner::regrole::text, c.relowner::regrole::text FROM pg_proc p, pg_class c
+         WHERE p.oid = 'tidewire.capture()'::regprocedure AND c.oid = 'tidewire.outbox'::regclass",
+    )
+    .fetch_one(pool)
+    .await?;
+    if capture != all {
+        return Ok(vec![Finding::fine("capture's rights", format!("those of {capture}"))]);
+    }
+    let what = format!("those of {all}, who owns the schema: whoever may track a table of their own can act as {all}");
+    Ok(vec![Finding::note("capture's rights", what).run(format!("{OWN_ROLE}\nGRANT tidewire_capture TO {all};"))])
 }
 
 fn triggers(tables: &[TrackedTable]) -> Vec<Finding> {

@@ -44,14 +44,7 @@ async fn settings(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
     .await?;
     let setting = |name: &str| row.try_get::<String, _>(name);
     let mut findings = Vec::new();
-    let wal_level = setting("wal_level")?;
-    findings.push(match wal_level.as_str() {
-        "logical" => Finding::fine("wal_level", "logical: triggers and WAL capture both work"),
-        level => {
-            Finding::note("wal_level", format!("{level}: enough for triggers and tidewire.emit(), not for WAL capture"))
-                .run("ALTER SYSTEM SET wal_level = 'logical'; (and restart, if WAL capture is wanted)")
-        }
-    });
+    findings.push(Finding::fine("wal_level", setting("wal_level")?));
     let commit = setting("synchronous_commit")?;
     findings.push(match commit.as_str() {
         "off" | "local" => Finding::warning(

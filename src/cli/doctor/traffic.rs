@@ -142,7 +142,10 @@ async fn queue(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         ..QUEUE_PROBLEM => {
             Finding::warning("notify queue", format!("{percent}: nodes read the log instead of the feed"))
         }
-        _ => Finding::problem("notify queue", format!("{percent}: full, every NOTIFY on this server fails at COMMIT")),
+        _ => Finding::problem(
+            "notify queue",
+            format!("{percent}: the feed is silent; at 100 % every NOTIFY on this server fails at COMMIT"),
+        ),
     }];
     for row in &suspects {
         let (who, pid, listened): (String, i32, bool) =
