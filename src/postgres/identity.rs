@@ -41,12 +41,10 @@ impl Identity {
         self.seen.subscribe()
     }
 
-    /// Whether `found` is no older than the newest that was seen; false while nothing was.
-    pub(super) fn is_current(&self, found: &Incarnation) -> bool {
-        self.seen
-            .borrow()
-            .as_ref()
-            .is_some_and(|seen| seen.system_identifier != found.system_identifier || seen.timeline <= found.timeline)
+    /// Whether `found` is no older than the newest that was seen; None while nothing was.
+    pub(super) fn is_current(&self, found: &Incarnation) -> Option<bool> {
+        let seen = self.seen.borrow();
+        seen.as_ref().map(|seen| seen.system_identifier != found.system_identifier || seen.timeline <= found.timeline)
     }
 
     /// Takes note of what a new connection found.
@@ -143,11 +141,12 @@ mod tests {
     #[test]
     fn nobody_is_waited_for_less_because_an_old_primary_has_answered() {
         let identity = Identity::default();
-        assert!(!identity.is_current(&incarnation(7, 1)), "nothing is known yet");
+        assert_eq!(identity.is_current(&incarnation(7, 1)), None);
         assert!(identity.observe(&incarnation(7, 2)).is_ok());
-        assert!(!identity.is_current(&incarnation(7, 1)));
-        assert!(identity.is_current(&incarnation(7, 2)) && identity.is_current(&incarnation(7, 3)));
-        assert!(identity.is_current(&incarnation(8, 1)));
+        assert_eq!(identity.is_current(&incarnation(7, 1)), Some(false));
+        for newer in [incarnation(7, 2), incarnation(7, 3), incarnation(8, 1)] {
+            assert_eq!(identity.is_current(&newer), Some(true));
+        }
     }
 
     #[test]

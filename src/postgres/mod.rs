@@ -31,6 +31,8 @@ pub use identity::{Identity, Incarnation};
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the other hosts may take once one has answered that it is a primary.
 const OTHERS_PATIENCE: Duration = Duration::from_millis(250);
+/// The same while nothing is known that would tell an old primary from the true one; less than a follower's statement may take.
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a statement may wait for a pooled connection.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A pooled session left idle inside a transaction by a bug frees its locks after this.
@@ -148,13 +150,17 @@ impl Database {
             let Some((options, tried)) = next else { break };
             match tried {
                 Ok(Ok((connection, Some(found)))) => {
-                    // One that is known to be left may only be the nearest.
-                    let current = self.identity.is_current(&found);
+                    // One that is known to be left may only be the nearest: it shortens nobody's time.
+                    let others = match self.identity.is_current(&found) {
+                        Some(true) => Some(OTHERS_PATIENCE),
+                        Some(false) => None,
+                        None => Some(FIRST_PATIENCE),
+                    };
                     if best.as_ref().is_none_or(|(_, known, _)| found.timeline > known.timeline) {
                         best = Some((connection, found, options));
                     }
-                    if current {
-                        patience.as_mut().reset(tokio::time::Instant::now() + OTHERS_PATIENCE);
+                    if let Some(others) = others {
+                        patience.as_mut().reset(tokio::time::Instant::now() + others);
                     }
                 }
                 Ok(Ok((_, None))) => {}

@@ -270,7 +270,8 @@ async fn a_leader_resigns_also_inside_a_large_transaction_that_a_foreign_lock_ho
     writer.run(many).await;
     locker.run("BEGIN; SELECT FROM tidewire.outbox WHERE after_data ->> 'n' = '50' FOR SHARE").await;
     let first = Candidate::start("first", &database.url, &database.url, LEASE).await;
-    until("two parts are relayed", async || events(&database.pool).await == 40).await;
+    // Of 8 rows, 20 and 20: the next has the one that is locked.
+    until("three parts are relayed", async || events(&database.pool).await == 48).await;
     first.stop().await;
     let second = Candidate::start("second", &database.url, &database.url, LEASE).await;
     until("the second leads", async || second.leads()).await;
