@@ -234,6 +234,7 @@ fn what_is_taken_while_an_epoch_begins_is_told_from_what_was_before_by_its_gener
     hub.hold(false);
     let first = hub.edge().generation;
     let tap = join(&hub);
+    let looks = AtomicU64::new(0);
     let taken = std::thread::scope(|scope| {
         scope.spawn(|| {
             for epoch in 1..=EPOCHS {
@@ -241,12 +242,18 @@ fn what_is_taken_while_an_epoch_begins_is_told_from_what_was_before_by_its_gener
                 let events: Vec<Event> =
                     (newest + 1..=newest + APPENDED).map(|seq| Event { id: id(epoch, seq), ..insert(seq) }).collect();
                 hub.append(&events, Instant::now()).unwrap();
+                // Once with the events there; from then on both go at their own pace.
+                let seen = looks.load(Ordering::Relaxed);
+                while looks.load(Ordering::Relaxed) < seen + 2 {
+                    std::thread::yield_now();
+                }
                 let start = newest + APPENDED - LOST;
                 hub.set_epochs(epochs_up_to(epoch + 1), Some(id(epoch, start)), None);
             }
         });
         let (mut passed, mut judged, mut taken) = (0, first, 0_u32);
         while judged < first + u64::from(EPOCHS) {
+            looks.fetch_add(1, Ordering::Relaxed);
             let edge = hub.edge();
             if edge.held {
                 continue;
