@@ -56,7 +56,7 @@ impl SlowCrowd {
 pub(super) async fn slow(act: &mut Act<'_>) -> anyhow::Result<()> {
     let before = metric_sum(act, "tidewire_slow_consumers_total").await;
     act.on("client");
-    let mut crowd = SlowCrowd::attach(act.scene(), act.cluster().client_link(), CROWD).await?;
+    let mut crowd = attached_among_faults(act).await?;
     let attached = Instant::now();
     act.took = crowd.attached() > 0;
     let deadline = if act.fault.alone { attached + CLOSED } else { act.until() };
@@ -80,6 +80,16 @@ pub(super) async fn slow(act: &mut Act<'_>) -> anyhow::Result<()> {
     drop(crowd);
     act.off();
     Ok(())
+}
+
+/// Alone, the clients must get in at once; beside other faults the way in may be cut for a while.
+async fn attached_among_faults(act: &Act<'_>) -> anyhow::Result<SlowCrowd> {
+    loop {
+        match SlowCrowd::attach(act.scene(), act.cluster().client_link(), CROWD).await {
+            Err(_) if !act.fault.alone && Instant::now() < act.until() => tokio::time::sleep(DRIP_EVERY).await,
+            done => return done,
+        }
+    }
 }
 
 /// A metric of all nodes that answer.
