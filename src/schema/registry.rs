@@ -36,6 +36,8 @@ const REFRESH_PAUSE: Duration = Duration::from_millis(200);
 const MAX_GONE: usize = 10_000;
 /// After a look that failed.
 const REFRESH_RETRY: Duration = Duration::from_secs(1);
+/// Longest name of a channel: Postgres refuses a longer one.
+const MAX_CHANNEL_BYTES: usize = 63;
 /// One question to Postgres. A network that swallowed it, and then the end of the connection, would be waited for for ever.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -350,8 +352,10 @@ impl Registry {
         self.version.fetch_add(1, Ordering::AcqRel);
         let known = self.known.read();
         let present = known.tables.values().filter(|entry| entry.state != State::Gone);
+        // A table renamed since may have one that Postgres refuses, and with it the feed's chunks in the same statement.
         let channels: HashMap<Arc<str>, String> = present
             .filter_map(|entry| Some((entry.info.name.as_str().into(), entry.info.notify_channel.clone()?)))
+            .filter(|(_, channel)| channel.len() <= MAX_CHANNEL_BYTES)
             .collect();
         self.channels.send_if_modified(|told| {
             let changed = **told != channels;

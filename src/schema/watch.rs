@@ -61,6 +61,8 @@ pub async fn watch(database: Arc<Database>, wakeups: Arc<Wakeups>, metrics: Arc<
             }
             Err(error) => {
                 connection = None;
+                // What nobody can look at may not be whole.
+                metrics.table_faults.set(metrics.table_faults.get().max(1));
                 if !std::mem::replace(&mut failed, true) {
                     tracing::warn!(error = format!("{error:#}"), "tracked tables could not be looked at; trying again");
                 }

@@ -86,10 +86,11 @@ metrics! {
     fallbacks_total: CounterVec = "tidewire_fallbacks_total" ["to"], "Times a subscription had to read the log";
     errors_total: CounterVec = "tidewire_errors_total" ["code"], "Errors answered to clients";
     auth_total: CounterVec = "tidewire_auth_total" ["outcome"], "Authentications";
+    admissions_deferred_total: Counter = "tidewire_admissions_deferred_total", "Clients over their key's limit that waited for lost connections on other nodes to stop counting";
     postgres_up: Gauge = "tidewire_postgres_up", "1 while this node's LISTEN connection stands";
     ready: Gauge = "tidewire_ready", "1 while this node takes new connections";
     schema_events_total: Counter = "tidewire_schema_events_total", "Schema changes written to the log (leader only)";
-    table_faults: Gauge = "tidewire_table_faults", "Tracked tables whose capture is broken: a missing or disabled trigger";
+    table_faults: Gauge = "tidewire_table_faults", "Tracked tables whose capture is broken: a missing or disabled trigger; at least 1 while nobody can look";
 }
 
 impl Metrics {

@@ -114,10 +114,12 @@ async fn a_role_that_may_create_roles_gives_everything_and_capture_owners_of_the
     )
     .await;
     assert_eq!(migrate(&options).await.unwrap().to, version());
-    let owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc
-                  WHERE pronamespace = 'tidewire'::regnamespace AND proname LIKE 'capture%'";
+    let owners = "SELECT format('%s of %s', proname, proowner::regrole) FROM pg_proc
+                  WHERE pronamespace = 'tidewire'::regnamespace AND proname LIKE 'capture%' ORDER BY 1";
     let owners: Vec<String> = sqlx::query_scalar(owners).fetch_all(&database.pool).await.unwrap();
-    assert_eq!(owners, ["tidewire_capture"]);
+    let wanted =
+        ["capture of tidewire_capture", "capture_bulk of tidewire_capture", "capture_truncate of tidewire_owner"];
+    assert_eq!(owners, wanted);
     let own = sqlx::PgPool::connect_with(options).await.unwrap();
     run(&own, "CREATE SCHEMA own; CREATE TABLE own.t (id int PRIMARY KEY); SELECT tidewire.track('own.t')").await;
     run(&own, "INSERT INTO own.t VALUES (1); UPDATE own.t SET id = 2; TRUNCATE own.t").await;

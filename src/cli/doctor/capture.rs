@@ -17,31 +17,63 @@ pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
     findings
 }
 
-/// What a superuser runs where the migration could not.
+/// What a superuser runs where the migration could not, or where a restore has lost it.
 const OWN_ROLE: &str = "\
-CREATE ROLE tidewire_capture NOLOGIN;
+DO $$ BEGIN CREATE ROLE tidewire_capture NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
 GRANT USAGE ON SCHEMA tidewire TO tidewire_capture;
-GRANT INSERT, SELECT (id, xid, table_name, operation, headers) ON tidewire.outbox TO tidewire_capture;
+REVOKE ALL ON tidewire.outbox FROM tidewire_capture;
+GRANT INSERT (table_name, operation, row_key, old_key, before_data, after_data, headers) ON tidewire.outbox
+    TO tidewire_capture;
 GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), tidewire.key_of(json, text[]),
     tidewire.column_names(oid, jsonb, text), tidewire.options_of(text), tidewire.picked(json, text[], boolean),
-    tidewire.still_named(oid, int2[], text[]), tidewire.context_headers(json) TO tidewire_capture;
+    tidewire.still_named(oid, int2[], text[]), tidewire.context_headers(json), tidewire.root_of(oid),
+    tidewire.is_tracked_root(oid, jsonb) TO tidewire_capture;
 ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
-ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;
-ALTER FUNCTION tidewire.capture_truncate() OWNER TO tidewire_capture;";
+ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;";
+
+// What the functions that render rows may do, by the role that owns each of them.
+const RIGHTS: &str = "
+    SELECT r.rolname::text AS role, c.relowner::regrole::text AS owner, r.oid = c.relowner AS shared, r.rolsuper AS superuser,
+           has_schema_privilege(r.oid, 'tidewire', 'USAGE')
+           AND (SELECT bool_and(has_column_privilege(r.oid, c.oid, name, 'INSERT'))
+                FROM unnest('{table_name,operation,row_key,old_key,before_data,after_data,headers}'::text[]) name)
+           AND (SELECT bool_and(has_function_privilege(r.oid, f.oid, 'EXECUTE'))
+                FROM pg_catalog.pg_proc f
+                WHERE f.pronamespace = 'tidewire'::regnamespace
+                    AND f.proname IN ('name_text', 'table_text', 'key_of', 'column_names', 'options_of', 'picked',
+                                      'still_named', 'context_headers', 'root_of', 'is_tracked_root')) AS may,
+           r.rolsuper OR has_table_privilege(r.oid, c.oid, 'SELECT, UPDATE, DELETE')
+           OR EXISTS (SELECT FROM pg_catalog.pg_auth_members m WHERE m.member = r.oid) AS more
+    FROM pg_catalog.pg_proc p
+    JOIN pg_catalog.pg_roles r ON r.oid = p.proowner
+    JOIN pg_catalog.pg_class c ON c.oid = 'tidewire.outbox'::regclass
+    WHERE p.oid IN ('tidewire.capture()'::regprocedure, 'tidewire.capture_bulk()'::regprocedure)
+    GROUP BY r.oid, r.rolname, r.rolsuper, c.oid, c.relowner
+    ORDER BY 1";
 
 /// To render a row, capture calls casts that the table's owner may have defined.
 async fn rights(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
-    let (capture, all): (String, String) = sqlx::query_as(
-        "SELECT p.proowner::regrole::text, c.relowner::regrole::text FROM pg_proc p, pg_class c
-         WHERE p.oid = 'tidewire.capture()'::regprocedure AND c.oid = 'tidewire.outbox'::regclass",
-    )
-    .fetch_one(pool)
-    .await?;
-    if capture != all {
-        return Ok(vec![Finding::fine("capture's rights", format!("those of {capture}"))]);
-    }
-    let what = format!("those of {all}, who owns the schema: whoever may track a table of their own can act as {all}");
-    Ok(vec![Finding::note("capture's rights", what).run(format!("{OWN_ROLE}\nGRANT tidewire_capture TO {all};"))])
+    let check = "capture's rights";
+    let judged = rows(pool, RIGHTS).await?.into_iter().map(|row| {
+        let (role, owner): (String, String) = (row.try_get("role")?, row.try_get("owner")?);
+        let (shared, superuser): (bool, bool) = (row.try_get("shared")?, row.try_get("superuser")?);
+        let (may, more): (bool, bool) = (row.try_get("may")?, row.try_get("more")?);
+        let mend = format!("{OWN_ROLE}\nGRANT tidewire_capture TO {owner};");
+        let anybody = "whoever may track a table of their own can act as";
+        Ok(if !may {
+            let what = format!(
+                "{role}, whose rights capture has, may not write into the outbox: writes of tracked tables fail"
+            );
+            Finding::problem(check, what).run(mend)
+        } else if shared && !superuser {
+            Finding::note(check, format!("those of {role}, who owns the schema: {anybody} {role}")).run(mend)
+        } else if more {
+            Finding::warning(check, format!("those of {role}, who may do more than write: {anybody} {role}")).run(mend)
+        } else {
+            Finding::fine(check, format!("those of {role}"))
+        })
+    });
+    judged.collect()
 }
 
 fn triggers(tables: &[TrackedTable]) -> Vec<Finding> {
@@ -155,7 +187,8 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         pool,
         "SELECT tidewire.table_text(c.oid) AS name, c.relpersistence = 'u' AS unlogged, c.relrowsecurity AS secured,
                 c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = c.oid) AS inherited,
-                t.key_columns IS NULL AS keyless
+                t.key_columns IS NULL AS keyless,
+                t.notify AND octet_length(tidewire.notify_channel(c.oid)) > 63 AS unnotified
          FROM tidewire.tracked_tables t JOIN pg_catalog.pg_class c ON c.oid = t.relid
          ORDER BY 1",
     )
@@ -172,6 +205,10 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
             if row.try_get(column)? {
                 findings.push(Finding::note("tables", format!("{name} {what}")));
             }
+        }
+        if row.try_get("unnotified")? {
+            let what = "has a name too long for a channel (63 bytes with cdc_): nobody who listens there is notified";
+            findings.push(Finding::warning("tables", format!("{name} {what}")));
         }
     }
     Ok(findings)
