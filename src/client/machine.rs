@@ -230,7 +230,6 @@ impl Machine {
                 let id = resync.id.clone();
                 self.end(&id, Delivery::Resync(resync));
             }
-            // It may come after the server has ended the subscription by itself, and be of one before this.
             ServerMessage::Unsubscribed { id } => {
                 self.subs.retain(|known, sub| known[..] != *id || sub.phase != Phase::Leaving)
             }
@@ -482,9 +481,11 @@ impl Machine {
         self.out.push_back(Action::Deliver(id.into(), delivery));
     }
 
-    /// The subscription's last word.
+    /// The subscription's last word. One that is leaving waits for `unsubscribed` all the same, which would else be taken for
+    /// the answer to a later one of that id.
     fn end(&mut self, id: &str, delivery: Delivery) {
-        if self.subs.remove(id).is_some_and(|sub| sub.phase != Phase::Leaving) {
+        if self.subs.get(id).is_some_and(|sub| sub.phase != Phase::Leaving) {
+            self.subs.remove(id);
             self.deliver(id, delivery);
         }
     }

@@ -20,50 +20,78 @@ struct Pending {
     asked: bool,
 }
 
+/// Most answers that are still awaited of requests that have expired.
+const MAX_OWED: usize = 64;
+
 /// Requests in the order in which they came.
 #[derive(Debug, Default)]
-pub(super) struct Requests(VecDeque<Pending>);
+pub(super) struct Requests {
+    pending: VecDeque<Pending>,
+    // Transactions of expired requests whose answer may still come on this connection.
+    owed: VecDeque<String>,
+}
 
 impl Requests {
     pub(super) fn add(&mut self, token: Token, tx: String, timeout: Duration, now: Instant) {
-        self.0.push_back(Pending { token, tx, timeout, deadline: now + timeout, asked: false });
+        self.pending.push_back(Pending { token, tx, timeout, deadline: now + timeout, asked: false });
     }
 
     /// The request to send now, with the time that it has left.
     pub(super) fn next(&mut self, now: Instant) -> Option<(String, Duration)> {
-        let head = self.0.front_mut().filter(|head| !head.asked)?;
+        let head = self.pending.front_mut().filter(|head| !head.asked)?;
         head.asked = true;
         Some((head.tx.clone(), head.deadline.saturating_duration_since(now)))
     }
 
     /// A new connection knows of none.
     pub(super) fn restart(&mut self) {
-        for request in &mut self.0 {
+        self.owed.clear();
+        for request in &mut self.pending {
             request.asked = false;
         }
     }
 
     /// The one that `synced` answers.
     pub(super) fn synced(&mut self, tx: &str) -> Option<Token> {
-        self.0.pop_front_if(|head| head.asked && head.tx == tx).map(|head| head.token)
+        let found = self.pending.pop_front_if(|head| head.asked && head.tx == tx).map(|head| head.token);
+        if found.is_none()
+            && let Some(late) = self.owed.iter().position(|owed| owed == tx)
+        {
+            self.owed.remove(late);
+        }
+        found
     }
 
-    /// The one that an `error` answers.
+    /// The one that an `error` answers. It names none: one whose answer is overdue comes first, and should it have been
+    /// about the other, that one expires.
     pub(super) fn refuse(&mut self) -> Option<Token> {
-        self.0.pop_front_if(|head| head.asked).map(|head| head.token)
+        if self.owed.pop_front().is_some() {
+            return None;
+        }
+        self.pending.pop_front_if(|head| head.asked).map(|head| head.token)
     }
 
     /// When [`expired`](Self::expired) has something to say.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.0.iter().map(|request| request.deadline + GRACE).min()
+        self.pending.iter().map(|request| request.deadline + GRACE).min()
     }
 
     /// Those without an answer in time.
     pub(super) fn expired(&mut self, now: Instant) -> Vec<(Token, Duration)> {
-        let late = |request: &Pending| now >= request.deadline + GRACE;
-        let expired = self.0.iter().filter(|request| late(request)).map(|request| (request.token, request.timeout));
-        let expired = expired.collect();
-        self.0.retain(|request| !late(request));
+        let Self { pending, owed } = self;
+        let mut expired = Vec::new();
+        pending.retain_mut(|request| {
+            let late = now >= request.deadline + GRACE;
+            if late {
+                expired.push((request.token, request.timeout));
+                if request.asked {
+                    owed.push_back(std::mem::take(&mut request.tx));
+                }
+            }
+            !late
+        });
+        let excess = owed.len().saturating_sub(MAX_OWED);
+        owed.drain(..excess);
         expired
     }
 }
@@ -96,5 +124,19 @@ mod tests {
         assert!(requests.expired(now + second).is_empty());
         assert_eq!(requests.expired(now + second + GRACE), [(1, second)]);
         assert_eq!(requests.deadline(), None);
+    }
+
+    #[test]
+    fn the_late_answer_to_an_expired_request_is_not_taken_for_the_next_ones() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let mut requests = Requests::default();
+        requests.add(1, "70".into(), second, now);
+        requests.next(now).unwrap();
+        let later = now + second + GRACE;
+        requests.expired(later);
+        requests.add(2, "71".into(), second, later);
+        requests.next(later).unwrap();
+        assert_eq!(requests.refuse(), None, "that was about 70");
+        assert_eq!(requests.refuse(), Some(2));
     }
 }
