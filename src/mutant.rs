@@ -20,6 +20,10 @@ pub enum Mutant {
     EveryEventEnds,
     /// A resume begins one event too late.
     ResumeSkipsOne,
+    /// A resume begins one event too early: an event comes twice.
+    ResumeRepeatsOne,
+    /// Everybody is told at once that he has caught up.
+    CaughtUpAtOnce,
     /// A resume begins with now, and says that it did not.
     ResumeFromNow,
     /// What has left the ring is skipped instead of read from the log.
@@ -66,7 +70,7 @@ mod chosen {
     static CHOSEN: OnceLock<Mutant> = OnceLock::new();
 
     /// Name, what it breaks, the classes of faults that bring it out (none: any traffic does).
-    const ALL: [(Mutant, &str, &str, &[&str]); 19] = [
+    const ALL: [(Mutant, &str, &str, &[&str]); 21] = [
         (Mutant::FloorPassesRunning, "floor_passes_running", "the relay passes transactions that still run", &[]),
         (Mutant::OrderById, "order_by_id", "transactions interleave in the log", &[]),
         (Mutant::OrderByXid, "order_by_xid", "the log's order is not that of the changes", &[]),
@@ -79,6 +83,13 @@ mod chosen {
         (Mutant::PartEndsEarly, "part_ends_early", "a large transaction ends after its first part", &["F16"]),
         (Mutant::EveryEventEnds, "every_event_ends", "the feed marks every event as the end of its transaction", &[]),
         (Mutant::ResumeSkipsOne, "resume_skips_one", "a resume begins one event too late", &["F1", "F2", "F19"]),
+        (Mutant::ResumeRepeatsOne, "resume_repeats_one", "a resume begins one event too early", &["F1", "F2", "F19"]),
+        (
+            Mutant::CaughtUpAtOnce,
+            "caught_up_at_once",
+            "caught_up comes before what it stands for",
+            &["F1", "F2", "F7", "F20"],
+        ),
         (Mutant::ResumeFromNow, "resume_from_now", "a resume begins with now", &["F1", "F2", "F19"]),
         (
             Mutant::HistoryIsSkipped,

@@ -18,6 +18,8 @@ use crate::cursor::{Epoch, Seq};
 
 /// How old a node's heartbeat may be for its connections to count: five heartbeats.
 pub const FRESH: Duration = Duration::from_secs(5);
+/// A node whose heartbeat is older than this has missed one: it may have died.
+pub const SILENT: Duration = Duration::from_millis(1_500);
 /// When a node that says nothing is forgotten.
 pub const FORGET_AFTER: Duration = Duration::from_hours(24);
 /// Most nodes that [`list`] returns.
@@ -79,11 +81,20 @@ pub struct NodeReport {
     pub state: NodeState,
 }
 
+/// A key's connections on all other fresh nodes together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// How many.
+    pub connections: u32,
+    /// Those of them on nodes that drain, or have been silent for [`SILENT`]: about to go, or gone already.
+    pub leaving: u32,
+}
+
 /// What a heartbeat learned.
 #[derive(Debug, Default)]
 pub struct Heard {
-    /// Connections by key on all other fresh nodes together.
-    pub others: HashMap<KeyId, u32>,
+    /// Connections by key.
+    pub others: HashMap<KeyId, Elsewhere>,
     /// How many other fresh nodes there are.
     pub other_nodes: u32,
     /// Another live process wrote under this node's name a moment ago.
@@ -154,18 +165,20 @@ const HEARTBEAT: &str = "
         ON CONFLICT (node, key_id) DO UPDATE
         SET connections = EXCLUDED.connections, updated_at = EXCLUDED.updated_at
     ), fresh AS MATERIALIZED (
-        SELECT node FROM tidewire.nodes
+        SELECT node, state = 'draining' OR heartbeat_at < clock_timestamp() - $13 * interval '1 second' AS leaving
+        FROM tidewire.nodes
         WHERE node <> $1 AND state <> 'stopped'
               AND heartbeat_at > clock_timestamp() - $3 * interval '1 second'
     ), counts AS MATERIALIZED (
-        SELECT key_id, sum(connections) AS connections
+        SELECT key_id, sum(connections) AS connections, coalesce(sum(connections) FILTER (WHERE leaving), 0) AS leaving
         FROM tidewire.key_connections JOIN fresh USING (node)
         GROUP BY key_id
     )
     SELECT (SELECT count(*) FROM fresh) AS other_nodes,
            coalesce((SELECT rival FROM before), false) AS rival,
            (SELECT array_agg(key_id ORDER BY key_id) FROM counts) AS key_ids,
-           (SELECT array_agg(connections ORDER BY key_id) FROM counts) AS connections";
+           (SELECT array_agg(connections ORDER BY key_id) FROM counts) AS connections,
+           (SELECT array_agg(leaving ORDER BY key_id) FROM counts) AS leaving";
 
 /// Writes a heartbeat and this node's connections by key, and reads those of the others: one statement.
 ///
@@ -192,15 +205,18 @@ pub async fn heartbeat(
         .bind(report.state.to_string())
         .bind(key_ids)
         .bind(connections)
+        .bind(SILENT.as_secs_f64())
         .fetch_one(pool)
         .await?;
     let key_ids: Option<Vec<String>> = row.try_get("key_ids")?;
     let connections: Option<Vec<i64>> = row.try_get("connections")?;
-    let counts = key_ids.into_iter().flatten().zip(connections.into_iter().flatten());
+    let leaving: Option<Vec<i64>> = row.try_get("leaving")?;
+    let count = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
+    let counts = connections.into_iter().flatten().zip(leaving.into_iter().flatten());
+    let elsewhere =
+        counts.map(|(connections, leaving)| Elsewhere { connections: count(connections), leaving: count(leaving) });
     Ok(Heard {
-        others: counts
-            .map(|(key_id, count)| (KeyId::from_stored(&key_id), u32::try_from(count).unwrap_or(u32::MAX)))
-            .collect(),
+        others: key_ids.into_iter().flatten().map(|key_id| KeyId::from_stored(&key_id)).zip(elsewhere).collect(),
         other_nodes: u32::try_from(row.try_get::<i64, _>("other_nodes")?).unwrap_or(u32::MAX),
         rival: row.try_get("rival")?,
     })

@@ -315,16 +315,20 @@ impl Session {
             if renewal {
                 return Done::Renewed(judged);
             }
-            Done::Authenticated(judged.and_then(|access| {
-                let limit = access.scopes.max_connections();
-                match context.limiter.try_acquire(&access.key_id, limit) {
-                    Ok(guard) => Ok((access, guard)),
-                    Err(over) => {
-                        let error = WireError::backoff(ErrorCode::RateLimited, over.to_string(), 5_000);
-                        Err((error, CloseCode::TooManyConnections))
-                    }
-                }
-            }))
+            let access = match judged {
+                Ok(access) => access,
+                Err(refused) => return Done::Authenticated(Err(refused)),
+            };
+            let limit = access.scopes.max_connections();
+            if let Ok(guard) = context.limiter.try_acquire(&access.key_id, limit) {
+                return Done::Authenticated(Ok((access, guard)));
+            }
+            context.metrics.admissions_deferred_total.inc();
+            let admitted = context.limiter.acquire(&access.key_id, limit).await.map_err(|over| {
+                let error = WireError::backoff(ErrorCode::RateLimited, over.to_string(), 5_000);
+                (error, CloseCode::TooManyConnections)
+            });
+            Done::Authenticated(admitted.map(|guard| (access, guard)))
         }));
     }
 
@@ -385,9 +389,13 @@ impl Session {
         }
         let passed = match recovered {
             Some(_) if mutant::is(Mutant::ResumeSkipsOne) => cursor.seq + 1,
+            Some(_) if mutant::is(Mutant::ResumeRepeatsOne) => cursor.seq.saturating_sub(1),
             Some(_) if mutant::is(Mutant::ResumeFromNow) => self.context.hub.edge().deliverable.seq.max(cursor.seq),
             _ => cursor.seq,
         };
+        if mutant::is(Mutant::CaughtUpAtOnce) {
+            self.machine.reached(Instant::now(), &id, cursor);
+        }
         let carry = Vec::new();
         self.places.push(Place { id, tap, passed, generation, carry, reading: false, fell_back: false });
     }

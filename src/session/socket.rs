@@ -27,6 +27,8 @@ const MAX_BACKLOG: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Frames that one poll writes before other tasks of the thread get their turn.
 const EMITS_A_POLL: usize = 64;
+/// And bytes of events: a thousand of them may have been rendered for this client alone, which takes milliseconds.
+const BYTES_A_POLL: usize = 256 << 10;
 
 /// Serves one WebSocket to its end.
 pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
@@ -162,7 +164,7 @@ impl Served {
 
     /// True: the connection is gone.
     fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> bool {
-        let mut emitted = 0;
+        let (mut emitted, mut bytes) = (0, 0);
         loop {
             match Pin::new(&mut self.socket).poll_ready(task) {
                 Poll::Ready(Ok(())) => self.blocked_since = None,
@@ -172,12 +174,15 @@ impl Served {
                     return false;
                 }
             }
-            if emitted == EMITS_A_POLL {
+            if emitted == EMITS_A_POLL || bytes >= BYTES_A_POLL {
                 task.waker().wake_by_ref();
                 break;
             }
             let Poll::Ready(emit) = self.session.poll_emit(task) else { break };
             emitted += 1;
+            if let Emit::Events { frame, .. } = &emit {
+                bytes += frame.body.len();
+            }
             if self.send(emit) {
                 return true;
             }

@@ -6,6 +6,8 @@ use chrono::{TimeDelta, Utc};
 use serde_json::json;
 use tidewire::auth::scope::Scopes;
 use tidewire::auth::store;
+use tidewire::postgres::registry::{self, NodeIdentity, NodeReport, NodeState};
+use uuid::Uuid;
 
 use crate::support::cluster::TestCluster;
 use crate::support::eventually;
@@ -85,4 +87,22 @@ async fn the_limit_of_connections_counts_over_the_whole_cluster() {
     drop(first);
     eventually("the other node has heard of that", || others(1) == 1).await;
     let _again = cluster.node(1).wire_of(key.expose()).await;
+}
+
+#[tokio::test]
+async fn a_client_of_a_node_that_died_is_let_in_elsewhere_though_its_key_was_at_the_limit() {
+    let cluster = TestCluster::start(1).await;
+    let key = cluster.key(json!({"tables": [{"table": "public.orders"}], "max_connections": 1})).await;
+    let node = cluster.node(0);
+    // A node that wrote one heartbeat, and then died.
+    let dead = NodeIdentity { node: "dead".into(), instance: Uuid::new_v4(), url: None, version: "test".to_owned() };
+    let state = NodeState::Ready;
+    let report = NodeReport { epoch: None, high_water: None, connections: 1, subscriptions: 0, state };
+    registry::heartbeat(&cluster.pool, &dead, &report, &[(key.id().clone(), 1)]).await.unwrap();
+    eventually("its connection counts", || node.context().limiter.connections(key.id()).1 == 1).await;
+
+    let mut wire = Wire::connect(&node.ws_url(), &[]).await.unwrap();
+    wire.say(json!({"type": "auth", "token": key.expose()})).await;
+    wire.expect("welcome").await;
+    assert_eq!(node.metrics().admissions_deferred_total.get(), 1);
 }

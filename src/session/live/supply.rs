@@ -193,7 +193,7 @@ impl Session {
                 let id = id.to_string();
                 self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));
             }
-            None if self.context.hub.oldest().is_some_and(|oldest| have < oldest.seq) => {
+            None if self.context.hub.log_oldest().is_some_and(|oldest| have + 1 < oldest) => {
                 let what = "the position left the log while the client was connected: read the state anew";
                 let id = id.to_string();
                 self.machine.resync(start::resync(&self.context, id, ResyncReason::TooFarBehind, what.to_owned()));

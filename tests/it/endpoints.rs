@@ -1,0 +1,108 @@
+//! What a node answers over HTTP to those that are no clients of its feed, or not yet.
+
+use serde_json::json;
+use tidewire::config::Settings;
+
+use crate::support::cluster::TestCluster;
+use crate::support::http::ask;
+use crate::support::wire::Wire;
+
+async fn one(edit: impl Fn(&mut Settings)) -> TestCluster {
+    TestCluster::with(1, edit).await
+}
+
+#[tokio::test]
+async fn what_is_no_websocket_gets_426_and_unknown_paths_404() {
+    let cluster = one(|_| {}).await;
+    let node = cluster.node(0);
+    let answer = node.get("/v1/ws").await;
+    assert_eq!((answer.status, answer.header("content-type")), (426, Some("application/problem+json")));
+    assert_eq!(answer.json().await["code"], "bad_message");
+    assert_eq!(node.get("/v1/nothing").await.status, 404);
+    assert_eq!(ask("POST", node.address(), "/v1/sse", &[]).await.status, 405);
+}
+
+#[tokio::test]
+async fn only_a_version_that_nobody_speaks_is_closed_with_4406() {
+    let cluster = one(|_| {}).await;
+    let url = cluster.node(0).ws_url();
+    let bearer = format!("Bearer {}", cluster.key);
+    let with = |protocol: &'static str| [("authorization", bearer.as_str()), ("sec-websocket-protocol", protocol)];
+    for ours in ["tidewire.v1.json", "tidewire.v9.json, tidewire.v1.json"] {
+        let mut wire = Wire::connect(&url, &with(ours)).await.unwrap();
+        wire.expect("welcome").await;
+    }
+    // The library refuses an answer without the protocol that it offered, as the RFC says: so look at the bytes.
+    let upgrade = [
+        ("connection", "Upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ("sec-websocket-protocol", "tidewire.v9.json"),
+    ];
+    let closed = raw_close_code(cluster.node(0).address(), &upgrade).await;
+    assert_eq!(closed, 4406);
+}
+
+/// Upgrades by hand and reads the first frame, which must be a close.
+async fn raw_close_code(address: std::net::SocketAddr, headers: &[(&str, &str)]) -> u16 {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let mut head = format!("GET /v1/ws HTTP/1.1\r\nHost: {address}\r\n");
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    loop {
+        let mut piece = [0; 1024];
+        let length = crate::support::within("the close", stream.read(&mut piece)).await.unwrap();
+        seen.extend_from_slice(&piece[..length]);
+        let body = seen.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
+        // A close frame: 0x88, its length, the code in two bytes.
+        if let Some([0x88, _, high, low, ..]) = body.map(|at| &seen[at..]) {
+            return u16::from_be_bytes([*high, *low]);
+        }
+        assert!(length > 0, "the connection ended: {}", String::from_utf8_lossy(&seen));
+    }
+}
+
+#[tokio::test]
+async fn foreign_pages_are_refused_where_origins_are_listed() {
+    let cluster =
+        one(|settings| settings.allowed_origins = Some("https://app.example, https://b.example".into())).await;
+    let url = cluster.node(0).ws_url();
+    let bearer = format!("Bearer {}", cluster.key);
+    let from = |origin: &'static str| [("authorization", bearer.as_str()), ("origin", origin)];
+    assert!(Wire::connect(&url, &from("https://app.example")).await.is_ok());
+    assert_eq!(Wire::connect(&url, &from("https://evil.example")).await.unwrap_err().0, 403);
+    assert!(Wire::connect(&url, &[("authorization", &bearer)]).await.is_ok(), "programs send no origin");
+}
+
+#[tokio::test]
+async fn a_full_node_sends_newcomers_elsewhere() {
+    let cluster = one(|settings| settings.max_connections = Some(1)).await;
+    let _first = cluster.node(0).wire().await;
+    let bearer = format!("Bearer {}", cluster.key);
+    let (status, _) = Wire::connect(&cluster.node(0).ws_url(), &[("authorization", &bearer)]).await.unwrap_err();
+    assert_eq!(status, 503);
+    let answer = ask("GET", cluster.node(0).address(), "/v1/sse?table=orders", &[("authorization", &bearer)]).await;
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("5")));
+}
+
+#[tokio::test]
+async fn the_node_tells_how_it_is() {
+    let cluster = one(|_| {}).await;
+    let node = cluster.node(0);
+    assert_eq!(node.get("/livez").await.status, 200);
+    assert_eq!(node.get("/readyz").await.status, 200);
+    let health = node.get("/health").await.json().await;
+    assert_eq!(
+        (&health["node"], &health["ready"], &health["relay"]["leader"]),
+        (&json!("n0"), &json!(true), &json!(true))
+    );
+    let metrics = node.get("/metrics").await.text().await;
+    for name in ["tidewire_leader 1", "tidewire_ready 1", "tidewire_postgres_up 1"] {
+        assert!(metrics.lines().any(|line| line == name), "{name}");
+    }
+}
