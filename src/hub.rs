@@ -8,6 +8,7 @@
 //! Lock order: routes, then a group. The edge is published after the groups have their frames, so a session that reads
 //! the edge first and then finds nothing in its group knows that nothing up to the edge is for it.
 
+mod beginning;
 mod dispatch;
 pub mod group;
 pub mod pages;
@@ -24,6 +25,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use self::beginning::Beginning;
 use self::dispatch::{Dispatched, dispatch};
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::{Event, Operation};
@@ -90,7 +92,7 @@ pub struct Hub {
     edge: watch::Sender<Edge>,
     epochs: RwLock<Epochs>,
     known: watch::Sender<Option<Known>>,
-    log_oldest: AtomicU64,
+    beginning: Mutex<Option<Beginning>>,
     // The generation in which a log began that has nothing to do with the one before.
     replaced: AtomicU64,
     // When groups' frames were let go, and what had been delivered then.
@@ -111,7 +113,7 @@ impl Hub {
             edge: watch::channel(edge).0,
             epochs: RwLock::default(),
             known: watch::channel(None).0,
-            log_oldest: AtomicU64::new(0),
+            beginning: Mutex::default(),
             replaced: AtomicU64::new(0),
             aged: Mutex::new((Instant::now(), 0)),
             metrics,
@@ -148,24 +150,6 @@ impl Hub {
         self.ring.read().newest()
     }
 
-    /// Takes note of the oldest seq that the log still has.
-    pub fn set_log_oldest(&self, seq: Seq) {
-        self.log_oldest.store(seq, Ordering::Relaxed);
-    }
-
-    /// The oldest position that can be resumed from. Its event may be gone already: then nothing can check it, and
-    /// nothing needs to.
-    #[must_use]
-    pub fn oldest(&self) -> Option<Cursor> {
-        let before = self.log_oldest.load(Ordering::Relaxed).saturating_sub(1);
-        let epoch = self.epochs.read().of(before);
-        match before {
-            _ if epoch == 0 => None,
-            0 => Some(Cursor::origin(epoch)),
-            _ => Some(Cursor::at(epoch, before, self.id_at(before).unwrap_or_default())),
-        }
-    }
-
     /// How far back the ring reaches.
     #[must_use]
     pub fn ring_age(&self) -> Duration {
@@ -196,6 +180,7 @@ impl Hub {
     pub fn restart(&self, base: Seq, base_id: Option<Uuid>, whole: Option<(Seq, Uuid)>, epochs: Epochs) {
         let routes = self.routes.lock();
         let held = self.change();
+        self.forget_beginning();
         let start = Cursor::at(epochs.of(base), base, base_id.unwrap_or_default());
         let boundary = whole.map_or(start, |(seq, id)| Cursor::at(epochs.of(seq), seq, id));
         *self.epochs.write() = epochs;
@@ -233,6 +218,7 @@ impl Hub {
         }
         let routes = self.routes.lock();
         let held = self.change();
+        self.forget_beginning();
         let start = epochs.cut_since(&self.epochs.read());
         *self.epochs.write() = epochs;
         let (newest, id) = {

@@ -3,6 +3,8 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use super::{Follower, STATEMENT_TIMEOUT};
 use crate::cursor::{Epochs, Seq};
 use crate::failpoint;
@@ -20,6 +22,8 @@ const READ_BYTES: usize = 16 << 20;
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(2_500);
 /// Events that a starting node takes from the log into its ring.
 const WARM_EVENTS: u64 = 10_000;
+/// Events that one statement looks through for the end of the log's first transaction.
+const WHOLE_STEP: u64 = 100_000;
 
 impl Follower {
     /// Reads the log up to its end; gives the wait until the next time.
@@ -91,9 +95,11 @@ impl Follower {
         }
         let bounds = self.asked(read::bounds(pool)).await?;
         self.metrics.log_newest_seq.set(gauge(bounds.newest));
-        self.hub.set_log_oldest(bounds.oldest);
         if !self.started || !self.continues(bounds).await? {
             self.begin(bounds, known).await?;
+        }
+        if self.hub.log_oldest() != Some(bounds.oldest) {
+            self.find_beginning(bounds).await?;
         }
         self.read_through(bounds.newest).await?;
         self.hub.hold(false);
@@ -137,6 +143,23 @@ impl Follower {
         }
     }
 
+    /// Finds the oldest position: the log's beginning, or the end of the first transaction of what retention left. Stays
+    /// unknown while that is open.
+    async fn find_beginning(&self, bounds: read::Bounds) -> Result<(), sqlx::Error> {
+        let mut position = (bounds.oldest <= 1).then_some((0, Uuid::nil()));
+        let mut from = bounds.oldest;
+        // In steps, for one of millions of rows.
+        while position.is_none() && from <= bounds.newest {
+            let through = bounds.newest.min(from + WHOLE_STEP);
+            position = self.asked(read::whole_after(&self.database.pool(), from, through)).await?;
+            from = through + 1;
+        }
+        if let Some(position) = position {
+            self.hub.set_log_oldest(bounds.oldest, position);
+        }
+        Ok(())
+    }
+
     /// Begins the ring with the newest events of the log.
     async fn begin(&mut self, bounds: read::Bounds, known: Epochs) -> Result<(), sqlx::Error> {
         let oldest = bounds.oldest.saturating_sub(1);
@@ -145,7 +168,7 @@ impl Follower {
         let next = match base {
             // Nothing is cut off there.
             0 => None,
-            _ => self.asked(read::whole_after(pool, base.max(bounds.oldest))).await?,
+            _ => self.asked(read::whole_after(pool, base.max(bounds.oldest), bounds.newest)).await?,
         };
         // Until it has been read on: nobody's "now" is where the ring begins.
         self.hub.hold(true);

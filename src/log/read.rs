@@ -85,14 +85,15 @@ pub async fn event_id(pool: &PgPool, seq: Seq) -> Result<Option<Uuid>, sqlx::Err
         .await
 }
 
-/// The oldest event at or after `seq` that ends its transaction: its seq and id. None if the log ends before one does.
+/// The oldest event from `seq` through `through` that ends its transaction: its seq and id. None if there is none.
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn whole_after(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
-    let found =
-        sqlx::query("SELECT seq, event_id FROM tidewire.event_log WHERE seq >= $1 AND tx_end ORDER BY seq LIMIT 1");
-    place(found.bind(seq.cast_signed()).fetch_optional(pool).await?)
+pub async fn whole_after(pool: &PgPool, seq: Seq, through: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+    let found = sqlx::query(
+        "SELECT seq, event_id FROM tidewire.event_log WHERE seq >= $1 AND seq <= $2 AND tx_end ORDER BY seq LIMIT 1",
+    );
+    place(found.bind(seq.cast_signed()).bind(through.cast_signed()).fetch_optional(pool).await?)
 }
 
 /// The newest event at or before `seq` that ends its transaction: its seq and id. None if there is none among the last

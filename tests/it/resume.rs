@@ -170,17 +170,18 @@ async fn refused(node: &TestNode, subscribe: SubscribeOptions) -> tidewire::clie
 }
 
 #[tokio::test]
-async fn the_oldest_position_resumes_everything_and_one_before_it_has_expired() {
+async fn the_oldest_position_lies_between_transactions_and_one_before_it_has_expired() {
     let cluster = TestCluster::start(1).await;
     let node = cluster.node(0);
     let start = node.context().hub.edge().boundary;
     cluster.insert("orders", 1..=30).await;
-    node.reached(30).await;
+    cluster.insert("orders", 31..=40).await;
+    node.reached(40).await;
     let mut all = node.client_after("orders", node.context().hub.oldest().unwrap()).await;
-    all.expect_keys(1..=30).await;
+    all.expect_keys(1..=40).await;
 
     // As retention does, only that it drops whole partitions: the beginning of the log goes, and a fresh node knows only
-    // the rest.
+    // the rest. It begins inside a transaction.
     cluster.run("DELETE FROM tidewire.event_log WHERE seq <= 10").await;
     let mut cluster = cluster;
     cluster.stop(0).await;
@@ -190,7 +191,7 @@ async fn the_oldest_position_resumes_everything_and_one_before_it_has_expired() 
     assert_eq!(resync.reason, ResyncReason::CursorExpired);
     let oldest = resync.oldest.expect("there is an oldest");
     let mut client = node.client_after("orders", oldest).await;
-    client.expect_keys(11..=30).await;
+    client.expect_keys(31..=40).await;
 }
 
 #[tokio::test]
