@@ -79,7 +79,7 @@ settings! {
     stale_after_s: u64, "TIDEWIRE_STALE_AFTER_S";
     /// Clients' slots are spread over this time at a drain, milliseconds [default: 3000]
     drain_window_ms: u64, "TIDEWIRE_DRAIN_WINDOW_MS";
-    /// The whole drain, milliseconds; more than the window [default: 6000]
+    /// The whole drain, milliseconds; at least the window [default: 6000]
     drain_deadline_ms: u64, "TIDEWIRE_DRAIN_DEADLINE_MS";
     /// Largest inbound message, bytes [default: 65536]
     message_bytes: usize, "TIDEWIRE_MESSAGE_BYTES";

@@ -1,9 +1,13 @@
 //! The database that a command works on.
 
 use sqlx::PgPool;
+use tracing::Level;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::dev;
 use crate::postgres::Database;
+use crate::telemetry::tracing::{NoticeLayer, with_notices};
 
 /// Connections of a command.
 const POOL_SIZE: u32 = 2;
@@ -25,11 +29,11 @@ impl std::fmt::Debug for DatabaseArgs {
 }
 
 impl DatabaseArgs {
-    /// Connects to the primary.
+    /// The database that was named, without a connection yet.
     ///
     /// # Errors
-    /// When no database is named or none is reached, with what to do.
-    pub async fn database(&self) -> anyhow::Result<Database> {
+    /// When none is named, with what to do.
+    pub fn named(&self) -> anyhow::Result<Database> {
         let url = match &self.database_url {
             Some(url) => url.clone(),
             None => match dev::running() {
@@ -39,7 +43,15 @@ impl DatabaseArgs {
                 ),
             },
         };
-        let database = Database::new(&url, None, "cli", POOL_SIZE)?;
+        Ok(Database::new(&url, None, "cli", POOL_SIZE)?)
+    }
+
+    /// Connects to the primary.
+    ///
+    /// # Errors
+    /// When no database is named or none is reached, with what to do.
+    pub async fn database(&self) -> anyhow::Result<Database> {
+        let database = self.named()?;
         database.renew().await?;
         Ok(database)
     }
@@ -51,6 +63,13 @@ impl DatabaseArgs {
     pub async fn pool(&self) -> anyhow::Result<PgPool> {
         Ok(self.database().await?.pool())
     }
+}
+
+/// Does `work` and gives what the server said beside its answer, in its order.
+pub async fn heard<F: Future>(work: F) -> (F::Output, Vec<(Level, String)>) {
+    // Already there: whoever installed it shows them.
+    let _ = tracing_subscriber::registry().with(NoticeLayer).try_init();
+    with_notices(work).await
 }
 
 /// What Postgres said, with its hint.

@@ -13,6 +13,7 @@ use anyhow::bail;
 use sqlx::PgPool;
 
 use crate::cli::connect::DatabaseArgs;
+use crate::cli::print;
 use crate::postgres::{ConnectError, Database};
 
 /// Check the database and say what to run
@@ -79,13 +80,13 @@ impl Finding {
 /// Runs the command.
 ///
 /// # Errors
-/// No database, or something is wrong with it: a warning or a problem was found.
+/// No database named, or something is wrong with it: a warning or a problem was found, Postgres out of reach included.
 pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let findings = examine(&args.database.database().await?).await;
+    let findings = examine(&args.database.named()?).await;
     if args.json {
-        println!("{}", serde_json::to_string(&findings)?);
+        print(&format!("{}\n", serde_json::to_string(&findings)?))?;
     } else {
-        print!("{}", shown(&findings));
+        print(&shown(&findings))?;
     }
     match findings.iter().filter(|finding| finding.severity >= Severity::Warning).count() {
         0 => Ok(()),
@@ -107,6 +108,11 @@ pub async fn examine(database: &Database) -> Vec<Finding> {
             findings.push(Finding::problem("connection", error.to_string()));
             return findings;
         }
+    }
+    // Of several hosts, what follows is about the primary.
+    if let Err(error) = database.renew().await {
+        findings.push(Finding::problem("connection", error.to_string()));
+        return findings;
     }
     let pool = &database.pool();
     findings.extend(server::checks(pool).await);

@@ -1,6 +1,7 @@
 //! `tidewire migrate`: brings the database's schema to the version of this program.
 
-use crate::cli::connect::DatabaseArgs;
+use crate::cli::connect::{DatabaseArgs, heard};
+use crate::cli::print;
 use crate::postgres::migrate::migrate;
 
 /// Create or upgrade Tidewire's schema in the database
@@ -24,13 +25,20 @@ pub struct MigrateArgs {
 /// No database, or one that refuses; with the grant to run where one is missing.
 pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     let pool = args.database.pool().await?;
-    let outcome = migrate(&pool.connect_options()).await?;
+    let (outcome, notices) = heard(migrate(&pool.connect_options())).await;
+    let outcome = outcome?;
+    // What a migration had to leave out begins so; what else a server says is about objects that exist already.
+    let notes: Vec<_> = notices.iter().filter_map(|(_, text)| text.strip_prefix("tidewire: ")).collect();
     if args.json {
-        println!("{}", serde_json::json!({ "from": outcome.from, "to": outcome.to }));
-    } else if outcome.from == outcome.to {
-        println!("The schema is up to date (version {}).", outcome.to);
-    } else {
-        println!("The schema was at version {} and is at {} now.", outcome.from, outcome.to);
+        let told = serde_json::json!({ "from": outcome.from, "to": outcome.to, "notes": notes });
+        return print(&format!("{told}\n"));
     }
-    Ok(())
+    for note in notes {
+        eprintln!("note: {note}");
+    }
+    print(&if outcome.from == outcome.to {
+        format!("The schema is up to date (version {}).\n", outcome.to)
+    } else {
+        format!("The schema was at version {} and is at {} now.\n", outcome.from, outcome.to)
+    })
 }

@@ -1,6 +1,10 @@
 //! The commands of the `tidewire` program: each parses its arguments, asks the rooms below, and tells a person or, with
 //! `--json`, a program. They decide nothing.
 
+use std::io::{ErrorKind, Write as _};
+
+use anyhow::Context as _;
+
 /// Reads a structure whose fields are named as the query's columns.
 macro_rules! from_row {
     ($structure:ident { $($field:ident),+ $(,)? }) => {
@@ -10,6 +14,18 @@ macro_rules! from_row {
             }
         }
     };
+}
+
+/// Prints on standard output. Whoever has stopped reading, as `head` does, wants no more: that is no error.
+///
+/// # Errors
+/// Standard output cannot be written, as on a full disk.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("standard output"),
+        _ => Ok(()),
+    }
 }
 
 pub mod bench;

@@ -9,6 +9,7 @@ use chrono::{DateTime, Utc};
 use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, explained};
+use crate::cli::print;
 use crate::postgres::registry::{self, NodeInfo};
 use crate::relay::{LEADER_LOCK, PARK_LOCK};
 
@@ -95,11 +96,10 @@ from_row!(Outbox { events, lag_ms });
 pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let status = read(&args.database.pool().await?).await.map_err(explained)?;
     if args.json {
-        println!("{}", serde_json::to_string(&status)?);
+        print(&format!("{}\n", serde_json::to_string(&status)?))
     } else {
-        print!("{}", shown(&status, Utc::now()));
+        print(&shown(&status, Utc::now()))
     }
-    Ok(())
 }
 
 /// Reads the cluster's state.

@@ -2,12 +2,11 @@
 
 use anyhow::bail;
 use sqlx::PgPool;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing::Level;
 
-use crate::cli::connect::{DatabaseArgs, explained};
+use crate::cli::connect::{DatabaseArgs, explained, heard};
+use crate::cli::print;
 use crate::table_name::TableName;
-use crate::telemetry::tracing::{NoticeLayer, with_warnings};
 
 /// Capture every change of a table from now on
 #[derive(clap::Args, Clone, Debug)]
@@ -115,24 +114,21 @@ fn parts(name: &TableName) -> anyhow::Result<(String, String)> {
 
 /// The warnings that came with the answer.
 async fn told<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::Result<Vec<String>> {
-    // Already there: whoever installed it shows them.
-    let _ = tracing_subscriber::registry().with(NoticeLayer).try_init();
-    let (done, warnings) = with_warnings(work).await;
+    let (done, notices) = heard(work).await;
     done.map_err(explained)?;
-    Ok(warnings)
+    Ok(notices.into_iter().filter(|(level, _)| *level <= Level::WARN).map(|(_, text)| text).collect())
 }
 
 async fn answer(pool: &PgPool, name: &TableName, tracked: bool, warnings: &[String], json: bool) -> anyhow::Result<()> {
     if json {
-        println!("{}", serde_json::json!({ "table": name, "tracked": tracked, "warnings": warnings }));
-        return Ok(());
+        let told = serde_json::json!({ "table": name, "tracked": tracked, "warnings": warnings });
+        return print(&format!("{told}\n"));
     }
     for warning in warnings {
         eprintln!("warning: {warning}");
     }
     if !tracked {
-        println!("{name} is not captured any more.");
-        return Ok(());
+        return print(&format!("{name} is not captured any more.\n"));
     }
     let key: Option<Vec<String>> =
         sqlx::query_scalar("SELECT key_columns FROM tidewire.tracked_tables WHERE table_name = $1")
@@ -140,11 +136,10 @@ async fn answer(pool: &PgPool, name: &TableName, tracked: bool, warnings: &[Stri
             .fetch_optional(pool)
             .await?
             .flatten();
-    match key {
-        Some(key) => println!("{name} is captured from now on; its key is {}.", key.join(", ")),
+    print(&match key {
+        Some(key) => format!("{name} is captured from now on; its key is {}.\n", key.join(", ")),
         None => {
-            println!("{name} is captured from now on, without a key: it has no primary key, and no --key was given.")
+            format!("{name} is captured from now on, without a key: it has no primary key, and no --key was given.\n")
         }
-    }
-    Ok(())
+    })
 }

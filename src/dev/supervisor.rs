@@ -143,6 +143,8 @@ impl NodeProcess {
         command
             .args(["serve", "--node", &self.name, "--listen", &self.address.to_string(), "--exit-on-stdin-eof"])
             .env("TIDEWIRE_DATABASE_URL", self.database_url.expose())
+            // Nor is a tidewire.toml that stands where the command was given.
+            .current_dir(self.log.parent().unwrap_or(Path::new("/")))
             .stdin(Stdio::piped())
             .stdout(log)
             .stderr(both)

@@ -21,21 +21,27 @@ use tracing_subscriber::{EnvFilter, Registry};
 const NOTICE_TARGET: &str = "sqlx::postgres::notice";
 
 tokio::task_local! {
-    static WARNINGS: RefCell<Vec<String>>;
+    static NOTICES: RefCell<Vec<(Level, String)>>;
 }
 
 /// Runs `work` and gives the warnings that Postgres sent meanwhile on connections polled by it. Needs [`NoticeLayer`]
 /// in the subscriber.
 pub async fn with_warnings<F: Future>(work: F) -> (F::Output, Vec<String>) {
-    WARNINGS
+    let (output, notices) = with_notices(work).await;
+    (output, notices.into_iter().filter(|(level, _)| *level <= Level::WARN).map(|(_, text)| text).collect())
+}
+
+/// As [`with_warnings`], with NOTICEs too, which come as [`Level::INFO`].
+pub async fn with_notices<F: Future>(work: F) -> (F::Output, Vec<(Level, String)>) {
+    NOTICES
         .scope(RefCell::default(), async {
             let output = work.await;
-            (output, WARNINGS.with(RefCell::take))
+            (output, NOTICES.with(RefCell::take))
         })
         .await
 }
 
-/// Collects server warnings for [`with_warnings`]; shows nothing.
+/// Collects what the server says for [`with_notices`]; shows nothing.
 #[derive(Debug)]
 pub struct NoticeLayer;
 
@@ -45,16 +51,16 @@ impl<S: Subscriber> Layer<S> for NoticeLayer {
     }
 
     fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
-        metadata.target() == NOTICE_TARGET && *metadata.level() <= Level::WARN
+        metadata.target() == NOTICE_TARGET && *metadata.level() <= Level::INFO
     }
 
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        if event.metadata().target() != NOTICE_TARGET || *event.metadata().level() > Level::WARN {
+        if event.metadata().target() != NOTICE_TARGET || *event.metadata().level() > Level::INFO {
             return;
         }
         let mut text = Message(String::new());
         event.record(&mut text);
-        let _ = WARNINGS.try_with(|warnings| warnings.borrow_mut().push(text.0));
+        let _ = NOTICES.try_with(|notices| notices.borrow_mut().push((*event.metadata().level(), text.0)));
     }
 }
 
@@ -128,6 +134,12 @@ mod tests {
         })
         .await;
         assert_eq!(warnings, ["canceling wait"]);
+        let ((), notices) = with_notices(async {
+            tracing::info!(target: "sqlx::postgres::notice", "relation exists");
+            tracing::debug!(target: "sqlx::postgres::notice", "found it");
+        })
+        .await;
+        assert_eq!(notices, [(Level::INFO, "relation exists".to_owned())]);
         tracing::warn!(target: "sqlx::postgres::notice", "outside");
     }
 }

@@ -174,3 +174,36 @@ async fn the_commands_work_from_an_empty_database_on() {
     let text = tidewire(&db, &["status"]).await.stdout;
     assert!(String::from_utf8_lossy(&text).contains("none: nothing is relayed"), "{text:?}");
 }
+
+#[tokio::test]
+async fn a_database_that_nobody_answers_for_is_a_finding() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidewire"))
+        .args(["doctor", "--json"])
+        .env("TIDEWIRE_DATABASE_URL", format!("postgres://nobody@{free}/nothing"))
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&findings[0]["check"], &findings[0]["severity"]), (&"connection".into(), &"problem".into()));
+}
+
+#[tokio::test]
+async fn a_reader_that_has_gone_is_no_error() {
+    let db = database().await;
+    for command in [&["tables"][..], &["status"], &["migrate"], &["track", "public.orders"]] {
+        run(&db, "CREATE TABLE IF NOT EXISTS orders (id bigint PRIMARY KEY)").await;
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidewire"))
+            .args(command)
+            .env("TIDEWIRE_DATABASE_URL", &db.url)
+            .stdout(writer)
+            .output()
+            .await
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{command:?}: {said}");
+    }
+}

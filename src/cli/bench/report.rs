@@ -6,6 +6,8 @@ use std::fs;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::cli::print;
+
 /// Latencies are told apart between a microsecond and a minute.
 const LONGEST_US: u64 = 60_000_000;
 
@@ -112,12 +114,7 @@ impl Report {
 
     /// On standard output.
     pub(super) fn print(&self, json: bool) -> anyhow::Result<()> {
-        if json {
-            println!("{}", serde_json::to_string(self)?);
-        } else {
-            print!("{}", self.text());
-        }
-        Ok(())
+        if json { print(&format!("{}\n", serde_json::to_string(self)?)) } else { print(&self.text()) }
     }
 
     fn text(&self) -> String {
