@@ -83,7 +83,7 @@ pub async fn campaign(
             _ => round - round / FAILPOINTS_EVERY,
         };
         let seed = seed_of(options.seed, round, dealt);
-        let plan = PlanOptions { round: dealt, failpoints: failpoints.is_some(), ..options.plan.clone() };
+        let plan = PlanOptions { round: round_of(seed), failpoints: failpoints.is_some(), ..options.plan.clone() };
         let plan = Plan::from_seed(seed, &plan);
         watcher.step(&format!("run {} of seed {seed}, {} faults", round + 1, plan.faults.len()));
         let folder = options.folder.join(format!("run-{round:03}-{seed}"));
@@ -101,6 +101,7 @@ pub async fn campaign(
                 let why = format!("run {} (seed {seed}): {error:#}", round + 1);
                 watcher.step(&format!("NOT CARRIED OUT: {why}; see {}", folder.display()));
                 report.not_carried_out.push(why);
+                so_far(report)?;
                 ensure!(report.not_carried_out.len() <= NOT_CARRIED_OUT, "too many runs could not be carried out");
                 continue;
             }
@@ -185,15 +186,15 @@ pub async fn hunt(
         };
         watcher.step(&format!("mutant {}, run {}", mutant.name, round + 1));
         let outcome = run::run(&run, abilities, watcher).await;
-        let _ = fs::remove_dir_all(&folder);
         match outcome {
             Ok(Outcome { summary, .. }) if !summary.violations.is_empty() => {
                 caught.run = Some(round + 1);
                 caught.seed = Some(seed);
                 caught.rules = run::rules(&summary).into_keys().map(str::to_owned).collect();
+                let _ = fs::remove_dir_all(&folder);
                 break;
             }
-            Ok(_) => {}
+            Ok(_) => drop(fs::remove_dir_all(&folder)),
             // A broken server may well break the run: that catches nobody, the next run may.
             Err(error) => watcher.step(&format!("mutant {}: {error:#}", mutant.name)),
         }

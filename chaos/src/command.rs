@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use chaos::campaign::{self, CampaignOptions};
-use chaos::plan::{Plan, PlanOptions};
+use chaos::plan::{CLASSES, Plan, PlanOptions};
 use chaos::preflight::{self, Abilities};
 use chaos::report::RunSummary;
 use chaos::run::{self, Outcome, RunOptions};
 use chaos::sandbox::Place;
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::build::{self, Servers};
@@ -88,7 +89,7 @@ struct Common {
     #[arg(long, default_value_t = 1_200)]
     keys: u32,
     /// Only these classes, such as F2,F3
-    #[arg(long, value_delimiter = ',', value_name = "CLASS")]
+    #[arg(long, value_delimiter = ',', value_name = "CLASS", value_parser = PossibleValuesParser::new(CLASSES))]
     fault: Vec<String>,
     /// Few and short faults of the kinds that CI runs
     #[arg(long)]
@@ -279,6 +280,8 @@ impl Folder {
         let path = tempfile::Builder::new().prefix("tidewire-chaos-").tempdir()?.keep();
         // Postgres runs under another account and has to get through.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        // Whatever ends the run: whoever looks for what it left must know where.
+        eprintln!("folder: {}", path.display());
         Ok(Self { path, temporary: true })
     }
 
@@ -346,10 +349,14 @@ async fn many(args: CampaignArgs, servers: Servers, abilities: &Abilities) -> an
     .await;
     reports::print_all(&report);
     println!("report: {}", args.report.join(format!("{name}.md")).display());
-    let well = result.is_ok() && report.violations() == 0;
-    folder.done(well);
+    let (broken, undone) = (report.violations() > 0, !report.not_carried_out.is_empty());
+    folder.done(result.is_ok() && !broken && !undone);
     result?;
-    Ok(if well { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(match (broken, undone) {
+        (true, _) => ExitCode::from(1),
+        (false, true) => ExitCode::from(2),
+        (false, false) => ExitCode::SUCCESS,
+    })
 }
 
 async fn replay(args: ReplayArgs, servers: &Servers, abilities: &Abilities) -> anyhow::Result<ExitCode> {
@@ -376,7 +383,8 @@ async fn replay(args: ReplayArgs, servers: &Servers, abilities: &Abilities) -> a
             }
             left -= 1;
             n += 1;
-            if !run(smaller.clone(), n).await?.summary.violations.is_empty() {
+            // One that cannot be carried out did not fail in the way that is looked for.
+            if run(smaller.clone(), n).await.is_ok_and(|outcome| !outcome.summary.violations.is_empty()) {
                 eprintln!("{} faults are enough", smaller.faults.len());
                 plan = smaller;
                 continue 'smaller;
@@ -422,5 +430,5 @@ async fn mutants(args: MutantArgs, servers: Servers, abilities: &Abilities) -> a
     let escaped = caught.iter().filter(|mutant| mutant.run.is_none()).count();
     println!("{} of {} mutants caught", caught.len() - escaped, caught.len());
     folder.done(escaped == 0);
-    Ok(if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }

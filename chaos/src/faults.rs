@@ -80,9 +80,9 @@ pub enum FaultEvent {
 
 /// Runs the whole plan. Every fault leaves `FaultOn`, `FaultOff` and `FaultDone`, or `FaultSkipped`, in the recorder.
 ///
-/// # Errors
-/// The cluster could not be brought back after a fault; what happened until then is recorded, with a violation.
-pub async fn inject(scene: &Scene, plan: &Plan, on_event: impl Fn(&FaultEvent) + Sync) -> anyhow::Result<()> {
+/// Why it ended early, if it did: the cluster did not come back after a fault. What happened until then is recorded, and must
+/// be judged.
+pub async fn inject(scene: &Scene, plan: &Plan, on_event: impl Fn(&FaultEvent) + Sync) -> Option<String> {
     let board = Board::new(scene, &on_event);
     let began = Instant::now();
     for faults in plan.slots() {
@@ -97,10 +97,10 @@ pub async fn inject(scene: &Scene, plan: &Plan, on_event: impl Fn(&FaultEvent) +
         }
         Slot::new(&board, faults).run().await;
         if let Some(reason) = board.lost() {
-            anyhow::bail!("the cluster did not come back: {reason}");
+            return Some(reason);
         }
     }
-    Ok(())
+    None
 }
 
 /// Does one fault up to its heal.

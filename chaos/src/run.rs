@@ -11,10 +11,11 @@ use anyhow::{Context, bail, ensure};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::checker::Violation;
 use crate::cluster::packet_filter::PacketFilter;
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::faults::{self, FaultEvent, Scene};
-use crate::history::{Line, Reader, Record, Recorder, Run, VERSION};
+use crate::history::{Line, Micros, Reader, Record, Recorder, Run, VERSION};
 use crate::plan::Plan;
 use crate::preflight::{self, Abilities};
 use crate::report::RunSummary;
@@ -80,11 +81,15 @@ pub async fn run(options: &RunOptions, abilities: &Abilities, watcher: &impl Wat
     let history = options.folder.join(HISTORY);
     let result = recorded(options, abilities, &cluster, &history, watcher).await;
     cluster.stop().await.context("the cluster does not stop")?;
-    let node_bytes = result?;
+    let (node_bytes, lost) = result?;
     watcher.step("checking");
     let path = history.clone();
     let mut summary = tokio::task::spawn_blocking(move || judge(&path)).await??;
     summary.node_bytes = node_bytes;
+    if let Some(text) = lost {
+        let at = Micros::try_from(Duration::from_millis(options.plan.duration_ms).as_micros()).unwrap_or(Micros::MAX);
+        summary.violations.push(Violation { rule: "whole", at, text });
+    }
     Ok(Outcome { summary, history })
 }
 
@@ -136,7 +141,7 @@ async fn recorded(
     cluster: &Arc<Cluster>,
     history: &Path,
     watcher: &impl Watcher,
-) -> anyhow::Result<(u64, u64)> {
+) -> anyhow::Result<((u64, u64), Option<String>)> {
     let plan = &options.plan;
     let primary = cluster.primary();
     let url = primary.borrow().clone();
@@ -166,16 +171,25 @@ async fn recorded(
     let began = Instant::now();
     let ends = began + Duration::from_millis(plan.duration_ms);
     let faults = async {
-        faults::inject(&scene, plan, |event| watcher.fault(event)).await?;
-        sleep_until(ends).await;
-        anyhow::Ok(())
+        let lost = faults::inject(&scene, plan, |event| watcher.fault(event)).await;
+        if lost.is_none() {
+            sleep_until(ends).await;
+        }
+        lost
     };
-    tokio::select! {
-        done = faults => done?,
-        () = tell(&workload, began, watcher) => {}
-    }
+    let mut lost = tokio::select! {
+        lost = faults => lost,
+        () = tell(&workload, began, watcher) => None,
+    };
     watcher.step("healing and draining");
-    cluster.wait_healthy(HEALTHY).await.context("the cluster did not become whole again after the last fault")?;
+    // A cluster that does not come back is the worst that can be found: what it did until then is judged all the same.
+    if let Err(error) = cluster.wait_healthy(HEALTHY).await {
+        let text = format!("the cluster did not become whole again after the last fault: {error:#}");
+        watcher.step(&text);
+        lost.get_or_insert(text);
+    } else if let Some(text) = &lost {
+        watcher.step(text);
+    }
     let drained = workload.drain(DRAIN).await;
     let node_bytes = memory.seen();
     let url = cluster.primary().borrow().clone();
@@ -185,7 +199,7 @@ async fn recorded(
     if !drained.behind.is_empty() {
         watcher.step(&format!("{} subscriptions did not reach the log's head", drained.behind.len()));
     }
-    Ok(node_bytes)
+    Ok((node_bytes, lost))
 }
 
 async fn first_delivery(workload: &Workload) -> anyhow::Result<()> {

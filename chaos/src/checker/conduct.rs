@@ -211,6 +211,9 @@ fn vacuous(gathered: &Gathered, counts: &Counts, findings: &mut Findings) {
         let text = format!("fault {f} ({}) began at {seconds:.3} s and has no end: the run was cut short", on.class);
         weak(!gathered.done.contains_key(f), text);
     }
+    let planned = gathered.planned.as_ref().and_then(|plan| plan["faults"].as_array()).map_or(0, Vec::len);
+    let any = gathered.done.values().any(|(_, done)| done.took);
+    weak(planned > 0 && !any, format!("of {planned} planned faults none took effect"));
     for class in counts.faults.keys() {
         let took = gathered.done.values().any(|(_, done)| done.class == *class && done.took);
         weak(!took, format!("{class} never took effect"));

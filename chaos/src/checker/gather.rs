@@ -34,6 +34,8 @@ pub(super) struct Subscription {
     pub(super) first: Option<(Micros, Cursor)>,
     pub(super) events: Vec<Seen>,
     pub(super) steps: Vec<Step>,
+    /// Which of the steps were a caught_up.
+    pub(super) caught_up: Vec<usize>,
     pub(super) resync: Option<(Micros, String, Cursor)>,
     pub(super) stopped: Option<(Micros, Cursor)>,
     pub(super) refused: Option<(Micros, String)>,
@@ -204,6 +206,7 @@ impl Gathered {
                 first: None,
                 events: Vec::new(),
                 steps: Vec::new(),
+                caught_up: Vec::new(),
                 resync: None,
                 stopped: None,
                 refused: None,
@@ -321,7 +324,11 @@ impl Subscription {
                 }));
                 Kind::Batch { first, cursor, open }
             }
-            Record::Progress { cursor, .. } | Record::CaughtUp { cursor, .. } => Kind::Position(cursor),
+            Record::Progress { cursor, .. } => Kind::Position(cursor),
+            Record::CaughtUp { cursor, .. } => {
+                self.caught_up.push(self.steps.len());
+                Kind::Position(cursor)
+            }
             Record::Disconnected { .. } => Kind::Lost,
             Record::Resumed { .. } => Kind::Resumed,
             Record::Resync { reason, position, .. } => {

@@ -1,5 +1,6 @@
 //! What each subscription saw against the log: all of it, once, in order, whole, and no lie about a position.
 
+mod caught_up;
 mod cursors;
 
 use std::collections::HashMap;
@@ -30,6 +31,8 @@ pub(super) fn check(gathered: &Gathered, sent: &Sent, counts: &mut Counts, findi
         rules.complete(findings);
         rules.atomic(findings);
         rules.between(findings);
+        rules.caught_up(findings);
+        rules.stands_still(findings);
         rules.resync(findings);
     }
 }

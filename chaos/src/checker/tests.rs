@@ -2,6 +2,7 @@
 //! must pass.
 
 mod broken;
+mod caught_up;
 mod conduct;
 mod positions;
 mod random;

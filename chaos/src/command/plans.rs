@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use chaos::campaign::round_of;
-use chaos::history::{Line, Reader, Record};
+use chaos::history::{HistoryError, Line, Reader, Record, Run};
 use chaos::plan::{Plan, PlanOptions};
 
 /// `90s`, `5m`, `1h`.
@@ -35,7 +35,7 @@ pub(super) fn of(given: &str, options: &PlanOptions) -> anyhow::Result<Plan> {
     if !path.exists() {
         bail!("`{given}` is neither a seed nor a file");
     }
-    match first_line(path) {
+    match first_line(path)? {
         Some(value) => {
             let copy = tempfile::NamedTempFile::new()?;
             serde_json::to_writer(&copy, &value)?;
@@ -46,10 +46,15 @@ pub(super) fn of(given: &str, options: &PlanOptions) -> anyhow::Result<Plan> {
 }
 
 /// The plan in a history's first line; nothing if it is no history.
-fn first_line(path: &Path) -> Option<serde_json::Value> {
-    match Reader::open(path).ok()?.next()?.ok()? {
-        Line(_, Record::Run(run)) => Some(run.plan),
-        _ => None,
+fn first_line(path: &Path) -> anyhow::Result<Option<serde_json::Value>> {
+    match Reader::open(path)?.next() {
+        Some(Ok(Line(_, Record::Run(Run { mutant: Some(mutant), seed, .. })))) => bail!(
+            "{} is of a run of the mutant {mutant}: `chaos run --seed {seed} --mutant {mutant}`, with its options, does it again",
+            path.display()
+        ),
+        Some(Ok(Line(_, Record::Run(run)))) => Ok(Some(run.plan)),
+        Some(Err(error @ HistoryError::Version { .. })) => Err(error.into()),
+        _ => Ok(None),
     }
 }
 

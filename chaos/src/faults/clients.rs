@@ -174,8 +174,13 @@ pub(super) async fn hostile(act: &mut Act<'_>) -> anyhow::Result<()> {
     while Instant::now() < act.until() {
         let Some(attack) = ATTACKS.choose(&mut act.random).copied() else { break };
         // Another fault of the group may refuse the connection: that says nothing of the server.
-        if let Ok(Some(got)) = strike(act, attack, &mut slow).await {
-            wrong.insert(format!("{attack:?} was answered with {got}"));
+        match strike(act, attack, &mut slow).await {
+            Ok(Some(got)) => drop(wrong.insert(format!("{attack:?} was answered with {got}"))),
+            Ok(None) => {}
+            Err(_) => {
+                tokio::time::sleep(BREATH).await;
+                continue;
+            }
         }
         tried += 1;
         tokio::time::sleep(BREATH).await;
@@ -219,12 +224,13 @@ async fn strike(
     match broken(&mut raw, attack).await? {
         Answer::Code(expected) => Ok(match raw.end(ANSWER).await {
             End::Code(code) if code != expected => Some(code.to_string()),
-            End::Open => Some(format!("nothing within {ANSWER:?}")),
+            // Beside other faults the way back may be cut, or the node may wait for Postgres.
+            End::Open if act.fault.alone => Some(format!("nothing within {ANSWER:?}")),
             _ => None,
         }),
         Answer::Words(expected) => {
             let Some(said) = raw.answer("a", ANSWER).await? else {
-                return Ok(Some(format!("nothing within {ANSWER:?}")));
+                return Ok(act.fault.alone.then(|| format!("nothing within {ANSWER:?}")));
             };
             // A node that cannot reach Postgres now may say so instead.
             let fits = expected.iter().chain(&["unavailable"]).any(|word| said.contains(word));

@@ -27,9 +27,9 @@ pub(super) struct Recovered {
 /// Waits until every subscription that lived at the heal has passed everything that was committed by then: the log's
 /// head once no such transaction is left in the outbox. (The head at the heal itself would prove nothing of a fault in
 /// which the relay stood still.)
-pub(super) async fn measure(act: &mut Act<'_>) -> Recovered {
+/// `healed`: when the last fault of its slot was, which lets everybody catch up.
+pub(super) async fn measure(act: &mut Act<'_>, healed: Instant) -> Recovered {
     let scene = act.scene();
-    let healed = act.healed().unwrap_or_else(Instant::now);
     let deadline = Instant::now() + RECOVERY_LIMIT;
     let mut waiting: BTreeSet<u32> =
         scene.workload.positions().into_iter().filter(|position| !position.ended).map(|position| position.s).collect();
@@ -39,19 +39,20 @@ pub(super) async fn measure(act: &mut Act<'_>) -> Recovered {
     act.micros("drained_us", healed.elapsed());
     let mut recovered = Recovered::default();
     while Instant::now() < deadline {
-        let seqs: BTreeMap<u32, Option<u64>> = scene
+        // By epoch first: who stands in a lost tail stands beyond a head that it has not reached.
+        let places: BTreeMap<u32, Option<(u32, u64)>> = scene
             .workload
             .positions()
             .into_iter()
             .filter(|position| !position.ended)
-            .map(|position| (position.s, position.cursor.map(|cursor| cursor.seq)))
+            .map(|position| (position.s, position.cursor.map(|cursor| (cursor.epoch, cursor.seq))))
             .collect();
         // One that is gone has ended by plan or was told to resync.
-        waiting.retain(|s| seqs.get(s).is_some_and(|seq| seq.is_none_or(|seq| seq < head)));
+        waiting.retain(|s| places.get(s).is_some_and(|place| place.is_none_or(|place| place < head)));
         if waiting.is_empty() {
             let now = healed.elapsed().as_micros();
             recovered.caught_up.get_or_insert(u64::try_from(now).unwrap_or(u64::MAX));
-            if seqs.values().flatten().any(|seq| *seq > head) {
+            if places.values().flatten().any(|place| *place > head) {
                 recovered.progressed = true;
                 return recovered;
             }
@@ -62,8 +63,8 @@ pub(super) async fn measure(act: &mut Act<'_>) -> Recovered {
     recovered
 }
 
-/// The log's head when the outbox holds nothing that was committed before this call.
-async fn drained_head(scene: &Scene) -> anyhow::Result<u64> {
+/// The log's head, epoch and seq, when the outbox holds nothing that was committed before this call.
+async fn drained_head(scene: &Scene) -> anyhow::Result<(u32, u64)> {
     let mut connection: Option<PgConnection> = None;
     let mut before: Option<String> = None;
     loop {
@@ -83,7 +84,7 @@ async fn ask(
     scene: &Scene,
     connection: &mut Option<PgConnection>,
     before: &mut Option<String>,
-) -> anyhow::Result<Option<u64>> {
+) -> anyhow::Result<Option<(u32, u64)>> {
     if connection.is_none() {
         *connection = Some(scene.cluster.admin().await?);
     }
@@ -98,12 +99,14 @@ async fn ask(
     };
     let asked = sqlx::query(
         "SELECT coalesce((SELECT max(seq) FROM tidewire.event_log), 0) AS head,
+                (SELECT coalesce(max(epoch), 0) FROM tidewire.epochs
+                 WHERE start_seq < coalesce((SELECT max(seq) FROM tidewire.event_log), 0)) AS epoch,
                 EXISTS (SELECT FROM tidewire.outbox WHERE xid < $1::xid8) AS waits",
     )
     .bind(xid);
     let row = tokio::time::timeout(QUESTION, asked.fetch_one(connection)).await??;
-    let (head, waits): (i64, bool) = (row.try_get("head")?, row.try_get("waits")?);
-    Ok((!waits).then(|| u64::try_from(head).unwrap_or_default()))
+    let (head, epoch, waits): (i64, i32, bool) = (row.try_get("head")?, row.try_get("epoch")?, row.try_get("waits")?);
+    Ok((!waits).then(|| (u32::try_from(epoch).unwrap_or_default(), u64::try_from(head).unwrap_or_default())))
 }
 
 /// The log's head now.

@@ -1,9 +1,10 @@
 //! A slot: its faults begin at their times, overlap, heal, and only when all are healed is recovery measured.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -22,9 +23,10 @@ pub(super) struct Slot<'a> {
     began: Instant,
     /// Faults that are not healed yet, the group's own entry apart.
     unhealed: watch::Sender<usize>,
-    /// Faults that hold now, and the most that ever did.
-    holding: AtomicUsize,
-    most: AtomicUsize,
+    /// When the last of a group was healed.
+    healed: OnceLock<Instant>,
+    /// Beginning and heal of those that took effect.
+    held: Mutex<Vec<(Instant, Instant)>>,
 }
 
 impl<'a> Slot<'a> {
@@ -35,8 +37,8 @@ impl<'a> Slot<'a> {
             faults,
             began: Instant::now(),
             unhealed: watch::Sender::new(members),
-            holding: AtomicUsize::new(0),
-            most: AtomicUsize::new(0),
+            healed: OnceLock::new(),
+            held: Mutex::default(),
         }
     }
 
@@ -70,7 +72,7 @@ impl<'a> Slot<'a> {
         act.on("group");
         self.all_healed().await;
         act.off();
-        act.took = self.most.load(Ordering::Relaxed) >= 2;
+        act.took = self.overlapped();
         self.finish(&mut act, true).await;
     }
 
@@ -84,8 +86,11 @@ impl<'a> Slot<'a> {
         }
         let mut act = Act::new(self.board, fault);
         let done = self.attempt(&mut act).await;
-        if act.began().is_some() {
+        if let Some(began) = act.began() {
             act.off();
+            if act.took {
+                self.held.lock().push((began, act.healed().unwrap_or_else(Instant::now)));
+            }
         }
         act.release();
         self.unhealed.send_modify(|left| *left = left.saturating_sub(1));
@@ -104,13 +109,10 @@ impl<'a> Slot<'a> {
     /// Does it, within bounds, and mends what an error left behind.
     async fn attempt(&self, act: &mut Act<'a>) -> anyhow::Result<()> {
         let limit = Duration::from_millis(act.fault.hold_ms) + BEYOND_HOLD;
-        let holding = self.holding.fetch_add(1, Ordering::Relaxed) + 1;
-        self.most.fetch_max(holding, Ordering::Relaxed);
         let done = match tokio::time::timeout(limit, perform(act)).await {
             Ok(done) => done,
             Err(_) => Err(anyhow::anyhow!("not done within {limit:?}")),
         };
-        self.holding.fetch_sub(1, Ordering::Relaxed);
         if let Err(error) = &done {
             let (class, variant) = (&act.fault.class, &act.fault.variant);
             tracing::warn!(f = act.fault.f, class, variant, error = format!("{error:#}"), "a fault broke off");
@@ -122,7 +124,9 @@ impl<'a> Slot<'a> {
 
     /// Measures how clients recover, and with `all` waits until the cluster is well.
     async fn finish(&self, act: &mut Act<'a>, all: bool) {
-        let recovered = recovery::measure(act).await;
+        let own = act.healed().unwrap_or_else(Instant::now);
+        let healed = self.healed.get().map_or(own, |last| own.max(*last));
+        let recovered = recovery::measure(act, healed).await;
         if all && let Err(error) = self.board.scene.cluster.wait_healthy(BACK_TO_HEALTH).await {
             let reason = format!("the cluster was not well {BACK_TO_HEALTH:?} after the heal: {error:#}");
             act.violation(reason.clone());
@@ -134,5 +138,12 @@ impl<'a> Slot<'a> {
     async fn all_healed(&self) {
         // The sender lives as long as the slot, so the wait ends with the last heal.
         let _ = self.unhealed.subscribe().wait_for(|left| *left == 0).await;
+        self.healed.get_or_init(Instant::now);
+    }
+
+    /// Whether two held at once.
+    fn overlapped(&self) -> bool {
+        let held = self.held.lock();
+        held.iter().enumerate().any(|(n, one)| held[n + 1..].iter().any(|other| one.0 < other.1 && other.0 < one.1))
     }
 }

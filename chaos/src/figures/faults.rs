@@ -126,13 +126,16 @@ fn lived(timeline: &Timeline, s: u32, from: Micros, to: Micros) -> bool {
     calls.first().is_some_and(|first| *first < from) && calls.last().is_some_and(|last| *last > to)
 }
 
+/// The longest time in which something had been relayed and nothing came: while nothing is written nobody is silent.
 fn client_silence(timeline: &Timeline, s: u32, on: Micros, end: Micros) -> Option<Micros> {
     let calls = timeline.calls.get(&s)?;
     let first = calls.partition_point(|t| *t <= on);
     let mut before = on;
     let mut worst = None;
     for t in &calls[first..] {
-        worst = worst.max(Some(t - before));
+        let due = timeline.relayed.partition_point(|(relayed, _)| *relayed < before);
+        let since = timeline.relayed.get(due).map_or(*t, |(relayed, _)| *relayed);
+        worst = worst.max(Some(t.saturating_sub(since)));
         if *t >= end {
             break;
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tidewire::client::{
-    Batch, Client, ClientError, ConnectOptions, Cursor, Disconnect, ErrorCode, Event, Item, Resync, Source,
-    SubscribeOptions, Subscription, Transition,
+    Batch, Client, ClientError, ConnectOptions, Cursor, Disconnect, ErrorCode, Event, Frame, Frames, Item, Resync,
+    Source, SubscribeOptions, Subscription, Transition,
 };
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -162,10 +162,11 @@ impl Handler {
         }
     }
 
-    async fn follow(&mut self, s: u32, client: &Client, mut subscription: Subscription) -> Next {
+    async fn follow(&mut self, s: u32, client: &Client, subscription: Subscription) -> Next {
         let first = subscription.position();
         let node = client.server().map(|welcome| welcome.node);
         let source = source(subscription.source());
+        let mut subscription = Feed::of(subscription, self.client);
         self.shared.recorder.record(Record::Subscribed { s, cursor: first, source, node });
         self.position(s, Some(first), true);
         let mut progress = None;
@@ -267,6 +268,66 @@ impl Handler {
     fn saved(&self, position: Cursor) -> Cursor {
         if self.older { self.recent.first().copied().unwrap_or(position) } else { position }
     }
+}
+
+/// A subscription as applications read it, or frame by frame. The former drops what lies at or below the position, which
+/// the server must never send: so most read the latter, to see it.
+enum Feed {
+    Batches(Subscription),
+    Frames(Frames),
+}
+
+impl Feed {
+    fn of(subscription: Subscription, client: u32) -> Self {
+        if client.is_multiple_of(4) { Self::Batches(subscription) } else { Self::Frames(subscription.into_frames()) }
+    }
+
+    async fn next(&mut self) -> Option<Result<Item, ClientError>> {
+        match self {
+            Self::Batches(subscription) => subscription.next().await,
+            Self::Frames(frames) => Some(frames.next().await?.and_then(parsed)),
+        }
+    }
+
+    fn ack(&mut self) {
+        match self {
+            Self::Batches(subscription) => subscription.ack(),
+            Self::Frames(frames) => frames.ack(),
+        }
+    }
+
+    fn position(&self) -> Cursor {
+        match self {
+            Self::Batches(subscription) => subscription.position(),
+            Self::Frames(frames) => frames.position(),
+        }
+    }
+}
+
+/// With all events of the frame.
+fn parsed(item: Item<Frame>) -> Result<Item, ClientError> {
+    Ok(match item {
+        Item::Batch(frame) => {
+            let unreadable = |error: serde_json::Error| ClientError::Unreadable {
+                after: frame.prev().map_or_else(String::new, |cursor| cursor.to_string()),
+                reason: error.to_string(),
+            };
+            Item::Batch(Batch {
+                events: frame.parse().map_err(unreadable)?,
+                cursor: frame.cursor(),
+                open: frame.open(),
+            })
+        }
+        Item::CaughtUp { cursor } => Item::CaughtUp { cursor },
+        Item::Progress { cursor } => Item::Progress { cursor },
+        Item::Disconnected { cause, retry_in } => Item::Disconnected { cause, retry_in },
+        Item::Resumed(resumed) => Item::Resumed(resumed),
+        Item::Resync(resync) => Item::Resync(resync),
+        other => {
+            let (after, reason) = (String::new(), format!("an item of a later client: {other:?}"));
+            return Err(ClientError::Unreadable { after, reason });
+        }
+    })
 }
 
 /// How a subscription ended.
