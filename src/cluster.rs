@@ -371,7 +371,7 @@ mod tests {
     async fn a_client_of_a_node_that_died_waits_until_its_connections_count_for_nothing() {
         let limiter = ConnectionLimiter::new();
         heard(&limiter, "a", elsewhere(4, 0));
-        // Not silent yet, then silent, then no longer fresh.
+        // Not silent yet, then silent, then no longer fresh. The clock is paused: nobody waits.
         let told = [elsewhere(4, 0), elsewhere(4, 3), elsewhere(4, 3), elsewhere(4, 3), elsewhere(1, 0)];
         let heartbeats = async {
             for others in told {

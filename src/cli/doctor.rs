@@ -13,7 +13,7 @@ use anyhow::bail;
 use sqlx::PgPool;
 
 use crate::cli::connect::DatabaseArgs;
-use crate::cli::print;
+use crate::cli::{print, print_json};
 use crate::postgres::{ConnectError, Database};
 
 /// Check the database and say what to run
@@ -84,7 +84,7 @@ impl Finding {
 pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
     let findings = examine(&args.database.named()?).await;
     if args.json {
-        print(&format!("{}\n", serde_json::to_string(&findings)?))?;
+        print_json(&findings)?;
     } else {
         print(&shown(&findings))?;
     }

@@ -1,7 +1,7 @@
 //! `tidewire migrate`: brings the database's schema to the version of this program.
 
 use crate::cli::connect::{DatabaseArgs, heard};
-use crate::cli::print;
+use crate::cli::{print, print_json};
 use crate::postgres::migrate::migrate;
 
 /// Create or upgrade Tidewire's schema in the database
@@ -30,8 +30,7 @@ pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
     // What a migration had to leave out begins so; what else a server says is about objects that exist already.
     let notes: Vec<_> = notices.iter().filter_map(|(_, text)| text.strip_prefix("tidewire: ")).collect();
     if args.json {
-        let told = serde_json::json!({ "from": outcome.from, "to": outcome.to, "notes": notes });
-        return print(&format!("{told}\n"));
+        return print_json(&serde_json::json!({ "from": outcome.from, "to": outcome.to, "notes": notes }));
     }
     for note in notes {
         eprintln!("note: {note}");

@@ -28,6 +28,11 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// [`print`] for a program: one line of JSON.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&format!("{}\n", serde_json::to_string(value)?))
+}
+
 pub mod bench;
 pub mod connect;
 pub mod doctor;

@@ -9,7 +9,7 @@ use chrono::{DateTime, Utc};
 use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, explained};
-use crate::cli::print;
+use crate::cli::{print, print_json};
 use crate::postgres::registry::{self, NodeInfo};
 use crate::relay::{LEADER_LOCK, PARK_LOCK};
 
@@ -95,11 +95,7 @@ from_row!(Outbox { events, lag_ms });
 #[expect(clippy::disallowed_methods, reason = "the edge: ages are shown by the clock on the wall")]
 pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let status = read(&args.database.pool().await?).await.map_err(explained)?;
-    if args.json {
-        print(&format!("{}\n", serde_json::to_string(&status)?))
-    } else {
-        print(&shown(&status, Utc::now()))
-    }
+    if args.json { print_json(&status) } else { print(&shown(&status, Utc::now())) }
 }
 
 /// Reads the cluster's state.

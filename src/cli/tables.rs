@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, explained};
-use crate::cli::print;
+use crate::cli::{print, print_json};
 
 /// List the tracked tables with their options and health
 #[derive(clap::Args, Clone, Debug)]
@@ -50,7 +50,7 @@ from_row!(TrackedTable { table, key, columns, except, before_image, channel, bul
 /// No database, or one without Tidewire's schema.
 pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
     let tables = tracked_tables(&args.database.pool().await?).await.map_err(explained)?;
-    if args.json { print(&format!("{}\n", serde_json::to_string(&tables)?)) } else { print(&shown(&tables)) }
+    if args.json { print_json(&tables) } else { print(&shown(&tables)) }
 }
 
 /// Every tracked table, by name. Nothing is repaired by looking.

@@ -5,7 +5,7 @@ use sqlx::PgPool;
 use tracing::Level;
 
 use crate::cli::connect::{DatabaseArgs, explained, heard};
-use crate::cli::print;
+use crate::cli::{print, print_json};
 use crate::table_name::TableName;
 
 /// Capture every change of a table from now on
@@ -121,8 +121,7 @@ async fn told<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::
 
 async fn answer(pool: &PgPool, name: &TableName, tracked: bool, warnings: &[String], json: bool) -> anyhow::Result<()> {
     if json {
-        let told = serde_json::json!({ "table": name, "tracked": tracked, "warnings": warnings });
-        return print(&format!("{told}\n"));
+        return print_json(&serde_json::json!({ "table": name, "tracked": tracked, "warnings": warnings }));
     }
     for warning in warnings {
         eprintln!("warning: {warning}");

@@ -99,7 +99,10 @@ impl Follower {
             self.begin(bounds, known).await?;
         }
         if self.hub.log_oldest() != Some(bounds.oldest) {
-            self.find_beginning(bounds).await?;
+            // Needed by nobody who is served already: what it costs to look must not keep the node from the log's end.
+            if let Err(error) = self.find_beginning(bounds).await {
+                tracing::debug!(%error, "the log's beginning stays unknown until the next reading");
+            }
         }
         self.read_through(bounds.newest).await?;
         self.hub.hold(false);

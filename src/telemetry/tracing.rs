@@ -67,6 +67,13 @@ impl<S: Subscriber> Layer<S> for NoticeLayer {
 struct Message(String);
 
 impl Visit for Message {
+    // As sqlx gives it; by its Debug it would stand in quotes.
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            value.clone_into(&mut self.0);
+        }
+    }
+
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "message" {
             self.0 = format!("{value:?}");

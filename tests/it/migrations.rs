@@ -85,7 +85,18 @@ async fn a_role_that_may_only_create_in_the_database_can_own_everything_itself()
         &format!("DO $$ BEGIN EXECUTE format('GRANT CREATE ON DATABASE %I TO {role}', current_database()); END $$"),
     )
     .await;
-    assert_eq!(migrate(&options).await.unwrap().to, version());
+    let mut url = url::Url::parse(&database.url).unwrap();
+    url.set_username(&role).unwrap();
+    url.set_password(Some("stranger")).unwrap();
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidewire"))
+        .args(["migrate"])
+        .env("TIDEWIRE_DATABASE_URL", url.as_str())
+        .output()
+        .await
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && told.contains("note: role"), "{output:?}");
+    assert_eq!(migrate(&options).await.unwrap(), Outcome { from: version(), to: version() });
     let owner: String =
         sqlx::query_scalar("SELECT relowner::regrole::text FROM pg_class WHERE oid = 'tidewire.outbox'::regclass")
             .fetch_one(&database.pool)

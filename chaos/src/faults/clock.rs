@@ -1,18 +1,14 @@
 //! A node whose clock is an hour off: F21.
 
-use std::time::Duration;
-
 use anyhow::Context as _;
 use tokio::time::Instant;
 
-use super::act::{Act, NODE_READY, Role, until};
+use super::act::{Act, NODE_READY, Role};
 use super::{connections, processes};
 use crate::cluster::Node;
 
 /// Times that the leader's session is ended, for the node to win one of the elections.
 const ELECTIONS: u32 = 20;
-/// After each, the wait for the node to lead.
-const ELECTION: Duration = Duration::from_millis(700);
 /// The library, as `/proc/<pid>/maps` shows it.
 const LIBRARY: &str = "libfaketime";
 
@@ -31,7 +27,13 @@ pub(super) async fn jump(act: &mut Act<'_>) -> anyhow::Result<()> {
     node.wait_ready(NODE_READY).await?;
     act.took = preloaded(node);
     if act.says("leader") {
-        act.took &= lead(act, node).await?;
+        // To come back it had to go, and another leads since.
+        let cluster = act.cluster();
+        let leads = || async {
+            let leader = cluster.leader().await.ok().flatten().and_then(|index| cluster.nodes().get(index));
+            leader.is_some_and(|leader| leader.name() == node.name())
+        };
+        act.took &= connections::elect_until(act, ELECTIONS, leads).await?;
     }
     act.hold().await;
     processes::stop(act, node).await?;
@@ -42,25 +44,6 @@ pub(super) async fn jump(act: &mut Act<'_>) -> anyhow::Result<()> {
     node.wait_ready(NODE_READY).await?;
     act.micros("ready_us", began.elapsed());
     Ok(())
-}
-
-/// Has the node elected: to come back it had to go, and another leads since.
-async fn lead(act: &Act<'_>, node: &Node) -> anyhow::Result<bool> {
-    let cluster = act.cluster();
-    let mut connection = cluster.admin().await?;
-    for _ in 0..ELECTIONS {
-        for backend in connections::leader(&mut connection).await? {
-            connections::terminate(&mut connection, backend.pid).await?;
-        }
-        let leads = || async {
-            let leader = cluster.leader().await.ok().flatten().and_then(|index| cluster.nodes().get(index));
-            leader.is_some_and(|leader| leader.name() == node.name())
-        };
-        if until(Instant::now() + ELECTION, leads).await.is_some() {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 fn preloaded(node: &Node) -> bool {

@@ -7,8 +7,10 @@ use rand::seq::IndexedRandom;
 use sqlx::{PgConnection, Row as _};
 use tokio::time::Instant;
 
-use super::act::Act;
+use super::act::{Act, until};
 
+/// From the end of a leader's session to the next leader's first steps.
+const ELECTION: Duration = Duration::from_millis(700);
 /// What every node's `application_name` begins with.
 pub(super) const OURS: &str = "tidewire %";
 /// A terminated backend is gone within this.
@@ -37,6 +39,24 @@ const ANY: &str = "SELECT pid, substr(application_name, 10) AS node FROM pg_stat
 
 pub(super) async fn leader(connection: &mut PgConnection) -> anyhow::Result<Vec<Backend>> {
     fetch(connection, LEADER).await
+}
+
+/// Ends the leader's session again and again, at most `times`, until `found` says yes; whether it did.
+pub(super) async fn elect_until<F: Future<Output = bool>>(
+    act: &Act<'_>,
+    times: u32,
+    found: impl Fn() -> F,
+) -> anyhow::Result<bool> {
+    let mut connection = act.cluster().admin().await?;
+    for _ in 0..times {
+        for backend in leader(&mut connection).await? {
+            terminate(&mut connection, backend.pid).await?;
+        }
+        if until(Instant::now() + ELECTION, &found).await.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 pub(super) async fn listeners(connection: &mut PgConnection) -> anyhow::Result<Vec<Backend>> {

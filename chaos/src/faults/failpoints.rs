@@ -16,9 +16,8 @@ use crate::cluster::Node;
 const PASSED: Duration = Duration::from_secs(3);
 /// Rows of a transaction that is relayed in parts.
 const LARGE: u32 = 20_000;
-/// Elections until this follower has won one, and for each.
+/// Elections until this follower has won one.
 const ELECTIONS: u32 = 6;
-const ELECTION: Duration = Duration::from_millis(700);
 /// How long a point that sleeps holds a task up, milliseconds.
 const SLEEP: &str = "sleep(400)";
 
@@ -82,16 +81,8 @@ async fn provoke(act: &Act<'_>, node: &Node, name: &str, before: u64) -> anyhow:
     } else if name == "relay.part" {
         act.scene().workload.big_transaction(LARGE).await?;
     } else if name.starts_with("election.") {
-        let mut connection = act.cluster().admin().await?;
-        for _ in 0..ELECTIONS {
-            for backend in connections::leader(&mut connection).await? {
-                connections::terminate(&mut connection, backend.pid).await?;
-            }
-            let passed = || async { !node.running() || logged_since(node.log_path(), before).contains(name) };
-            if until(Instant::now() + ELECTION, passed).await.is_some() {
-                break;
-            }
-        }
+        let passed = || async { !node.running() || logged_since(node.log_path(), before).contains(name) };
+        connections::elect_until(act, ELECTIONS, passed).await?;
     }
     Ok(())
 }

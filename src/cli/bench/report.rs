@@ -6,7 +6,7 @@ use std::fs;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::cli::print;
+use crate::cli::{print, print_json};
 
 /// Latencies are told apart between a microsecond and a minute.
 const LONGEST_US: u64 = 60_000_000;
@@ -114,7 +114,7 @@ impl Report {
 
     /// On standard output.
     pub(super) fn print(&self, json: bool) -> anyhow::Result<()> {
-        if json { print(&format!("{}\n", serde_json::to_string(self)?)) } else { print(&self.text()) }
+        if json { print_json(self) } else { print(&self.text()) }
     }
 
     fn text(&self) -> String {
