@@ -93,7 +93,7 @@ settings! {
     frame_bytes: usize, "TIDEWIRE_FRAME_BYTES";
     /// Connections of this node [default: 100000]
     max_connections: u32, "TIDEWIRE_MAX_CONNECTIONS";
-    /// Origins that browsers may connect from, separated by commas; none: any
+    /// Origins whose pages may use /v1, over WebSocket and HTTP (CORS), separated by commas; none: any
     allowed_origins: String, "TIDEWIRE_ALLOWED_ORIGINS";
     /// What is logged, as `level` or `target=level,…` [default: info]
     log: String, "TIDEWIRE_LOG";
@@ -232,12 +232,39 @@ impl Settings {
         within("messages_per_s", self.messages_per_s.map(u64::from), 1, 100_000)?;
         within("frame_bytes", size(self.frame_bytes), 1 << 10, 64 << 20)?;
         within("max_connections", self.max_connections.map(u64::from), 1, 10_000_000)?;
+        check_origins(self.allowed_origins.as_deref().unwrap_or_default())?;
         ensure!(
             self.drain_window_ms <= self.drain_deadline_ms,
             "drain_window_ms must not be more than drain_deadline_ms"
         );
         Ok(())
     }
+}
+
+/// An entry that no browser ever sends would keep its pages out without a word.
+fn check_origins(list: &str) -> anyhow::Result<()> {
+    if list.trim().is_empty() {
+        return Ok(());
+    }
+    for one in list.split(',').map(str::trim).filter(|one| !["*", "null"].contains(one)) {
+        ensure!(
+            !one.contains('*'),
+            "allowed_origins: {one:?}: patterns are not offered, list each origin (or * for all)"
+        );
+        let parsed = url::Url::parse(one).ok().filter(url::Url::has_host);
+        let Some(parsed) = parsed else {
+            bail!(
+                "allowed_origins: {one:?} is no origin: write scheme://host or scheme://host:port, as https://app.example"
+            );
+        };
+        // Schemes of apps and extensions have no origin in the URL standard; browsers send scheme and host as they are.
+        let sent = match parsed.origin() {
+            url::Origin::Tuple(..) => parsed.origin().ascii_serialization(),
+            url::Origin::Opaque(_) => format!("{}://{}", parsed.scheme(), parsed.authority()),
+        };
+        ensure!(one.eq_ignore_ascii_case(&sent), "allowed_origins: browsers write {one:?} as {sent}: write it so");
+    }
+    Ok(())
 }
 
 impl Config {
@@ -304,6 +331,38 @@ mod tests {
         assert_eq!(config.settings.relay_batch, Some(20));
         assert_eq!(config.settings.lease_ms, Some(3_000));
         assert_eq!(config.settings.park_after_ms, Some(150));
+    }
+
+    #[test]
+    fn an_origin_is_written_as_browsers_send_it() {
+        let with = |list: &str| Settings { allowed_origins: Some(list.into()), ..minimal() }.resolve();
+        for good in [
+            "",
+            " ",
+            "*",
+            "null",
+            "https://app.example",
+            "https://a.example, http://localhost:3000 ,http://[::1]:8080",
+            "chrome-extension://abcdef, capacitor://localhost",
+            "HTTPS://APP.example",
+        ] {
+            assert!(with(good).is_ok(), "{good}: {:?}", with(good));
+        }
+        for (bad, advice) in [
+            ("https://app.example/", "https://app.example:"),
+            ("https://app.example/path", "https://app.example:"),
+            ("https://app.example:443", "https://app.example:"),
+            ("https://bücher.example", "https://xn--bcher-kva.example:"),
+            ("https://u@app.example", "https://app.example:"),
+            ("app.example", "scheme://host"),
+            ("https://a.example,", "scheme://host"),
+            ("https://*.example", "patterns"),
+            ("https://a.example https://b.example", "scheme://host"),
+            ("file:///x", "scheme://host"),
+        ] {
+            let error = with(bad).err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.contains("allowed_origins") && error.contains(advice), "{bad}: {error}");
+        }
     }
 
     #[test]

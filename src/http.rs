@@ -1,10 +1,12 @@
 //! HTTP: one resource a file, one mapping of errors.
 
+mod cors;
 pub mod credentials;
 #[cfg(feature = "chaos")]
 mod failpoints;
 pub mod health;
 pub mod problem;
+pub mod query;
 pub mod serve;
 pub mod sse;
 pub mod tickets;
@@ -13,7 +15,10 @@ pub mod ws;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{any, get, post};
+use axum::http::header;
+use axum::middleware::from_fn_with_state;
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
 
 use crate::http::problem::Problem;
 use crate::session::Context;
@@ -24,8 +29,9 @@ pub fn router(context: Arc<Context>) -> Router {
     #[cfg(feature = "chaos")]
     let router = router.merge(failpoints::routes());
     router
-        .route("/v1/ws", any(ws::upgrade))
-        .route("/v1/sse", get(sse::stream))
+        // HEAD would run GET's handler, open what nobody reads and use up a ticket.
+        .route("/v1/ws", get(ws::upgrade).head(get_only))
+        .route("/v1/sse", get(sse::stream).head(get_only))
         .route("/v1/tickets", post(tickets::issue))
         .route("/health", get(health::health))
         .route("/livez", get(health::live))
@@ -33,5 +39,10 @@ pub fn router(context: Arc<Context>) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(async || Problem::not_found())
         .method_not_allowed_fallback(async || Problem::method_not_allowed())
+        .layer(from_fn_with_state(Arc::clone(&context), cors::check))
         .with_state(context)
+}
+
+async fn get_only() -> impl IntoResponse {
+    ([(header::ALLOW, "GET")], Problem::method_not_allowed())
 }

@@ -6,34 +6,42 @@ use crate::auth::store::{Access, AuthError};
 use crate::auth::ticket::TicketError;
 use crate::cluster::ConnectionGuard;
 use crate::http::problem::Problem;
+use crate::http::query::Query;
 use crate::protocol::error::ErrorCode;
 use crate::session::Context;
 
 /// Parameters in which people put keys; a key in a URL ends up in logs.
 const REFUSED_PARAMETERS: [&str; 5] = ["key", "api_key", "apikey", "token", "access_token"];
 
-/// The query of a request, decoded.
-pub type Query = Vec<(String, String)>;
-
-/// Decodes a query string.
-#[must_use]
-pub fn query(raw: Option<&str>) -> Query {
-    url::form_urlencoded::parse(raw.unwrap_or("").as_bytes()).into_owned().collect()
+/// Refuses a key in the query.
+///
+/// # Errors
+/// 400 that says where keys belong.
+pub fn refuse_keys(query: &Query) -> Result<(), Problem> {
+    let is_refused = |name: &str| REFUSED_PARAMETERS.iter().any(|refused| refused.eq_ignore_ascii_case(name));
+    if query.names().any(is_refused) {
+        let what =
+            "a key in the URL ends up in logs: send it as Authorization: Bearer, or a ticket from POST /v1/tickets";
+        return Err(Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what));
+    }
+    Ok(())
 }
 
-/// The key that a request comes with; None when it comes without any credential.
+/// The key that a request comes with; None when it comes without any credential. A ticket is used up, unless a key comes
+/// beside it.
 ///
 /// # Errors
 /// A [`Problem`] for whatever is not good.
 #[expect(clippy::disallowed_methods, reason = "the edge: keys expire by the clock on the wall")]
 pub async fn access(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Option<Access>, Problem> {
     let unauthenticated = |what: &str| Problem::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthenticated, what);
-    if query.iter().any(|(name, _)| REFUSED_PARAMETERS.contains(&name.as_str())) {
-        let what =
-            "a key in the URL ends up in logs: send it as Authorization: Bearer, or a ticket from POST /v1/tickets";
-        return Err(Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what));
-    }
-    if let Some(value) = headers.get(header::AUTHORIZATION) {
+    refuse_keys(query)?;
+    let ticket = query.one("ticket")?;
+    let mut authorizations = headers.get_all(header::AUTHORIZATION).iter();
+    if let Some(value) = authorizations.next() {
+        if authorizations.next().is_some() {
+            return Err(unauthenticated("there is more than one Authorization header"));
+        }
         let text = value.to_str().map_err(|_| unauthenticated("the Authorization header is not text"))?;
         let Some((scheme, token)) = text.split_once(' ') else {
             return Err(unauthenticated("the Authorization header is not `Bearer <key>`"));
@@ -47,7 +55,7 @@ pub async fn access(context: &Context, headers: &HeaderMap, query: &Query) -> Re
         let judged = context.keys.authenticate(token.trim(), chrono::Utc::now()).await;
         return count(context, judged).map(Some);
     }
-    let Some((_, ticket)) = query.iter().find(|(name, _)| name == "ticket") else { return Ok(None) };
+    let Some(ticket) = ticket else { return Ok(None) };
     let key_id = context.tickets.redeem(ticket).await.map_err(|error| match error {
         TicketError::Unavailable => Problem::unavailable(error.to_string(), 1),
         _ => unauthenticated(&error.to_string()),

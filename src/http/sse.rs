@@ -18,9 +18,10 @@ use futures_util::{Stream, StreamExt as _};
 use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::SendTimeoutError;
 
-use crate::http::credentials::{self, Query};
+use crate::http::credentials;
 use crate::http::problem::Problem;
-use crate::http::ws::{check_origin, has_room};
+use crate::http::query::Query;
+use crate::http::ws::has_room;
 use crate::protocol::error::ErrorCode;
 use crate::protocol::message::{ClientMessage, From, ServerMessage, Subscribe};
 use crate::session::Context;
@@ -35,6 +36,8 @@ const RETRY_MS: u64 = 1_000;
 const RETRY_GONE_MS: u64 = 3_600_000;
 /// The id of the only subscription.
 const ID: &str = "sse";
+/// What the query may hold.
+const PARAMETERS: [&str; 7] = ["table", "where", "op", "column", "cursor", "from", "ticket"];
 
 /// Opens the stream.
 ///
@@ -45,9 +48,8 @@ pub async fn stream(
     RawQuery(raw): RawQuery,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    check_origin(&context, &headers)?;
     has_room(&context)?;
-    let query = credentials::query(raw.as_deref());
+    let query = Query::read(raw.as_deref())?;
     let subscribe = read(&context, &headers, &query)?;
     let Some(access) = credentials::access(&context, &headers, &query).await? else {
         let what = "send the key as Authorization: Bearer, or a ticket from POST /v1/tickets";
@@ -103,37 +105,51 @@ async fn hand_over(events: Events, sender: Sender<Result<Bytes, Infallible>>, co
     }
 }
 
+/// The subscription, as the query and `Last-Event-ID` have it.
 fn read(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Subscribe, Problem> {
-    let all = |wanted: &str| -> Vec<String> {
-        query.iter().filter(|(name, _)| name == wanted).map(|(_, value)| value.clone()).collect()
-    };
-    let one = |wanted: &str| query.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.clone());
     let bad = |what: String| Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what);
-    let last_id = headers.get("last-event-id").and_then(|value| value.to_str().ok()).filter(|text| !text.is_empty());
-    let cursor = last_id.map(str::to_owned).or_else(|| one("cursor"));
-    let from = match (cursor, one("from").as_deref()) {
+    // Before the parameters: a key's own advice is better than "there is no parameter".
+    credentials::refuse_keys(query)?;
+    query.only(&PARAMETERS)?;
+    query.one("ticket")?;
+    let (last_id, cursor, from) = (last_event_id(headers)?, query.one("cursor")?, query.one("from")?);
+    if let Some(from) = from.filter(|from| !["now", "oldest", "snapshot"].contains(from)) {
+        return Err(bad(format!("from={from}: use now, oldest or snapshot")));
+    }
+    let from = match (last_id.or_else(|| cursor.map(str::to_owned)), from) {
         (Some(cursor), _) => From::Cursor(cursor),
-        (None, None | Some("now")) => From::Now,
         (None, Some("snapshot")) => From::Snapshot,
         (None, Some("oldest")) => match context.hub.oldest() {
             Some(cursor) => From::Cursor(cursor.to_string()),
             None => return Err(Problem::unavailable("this node does not know the log's state yet", 1)),
         },
-        (None, Some(other)) => return Err(bad(format!("from={other}: use now, oldest or snapshot"))),
+        (None, _) => From::Now,
     };
-    let tables = all("table");
+    let tables = query.all("table");
     if tables.is_empty() {
         return Err(bad("name at least one table: /v1/sse?table=public.orders".to_owned()));
     }
-    let (ops, columns) = (all("op"), all("column"));
+    let (ops, columns) = (query.all("op"), query.all("column"));
     Ok(Subscribe {
         id: ID.to_owned(),
         tables,
         ops: (!ops.is_empty()).then_some(ops),
-        filter: one("where"),
+        filter: query.one("where")?.map(str::to_owned),
         columns: (!columns.is_empty()).then_some(columns),
         from,
     })
+}
+
+/// The cursor that a reconnecting `EventSource` sends. What is no cursor is handed on as it is and answered as such: a stream
+/// that began at now instead would hide a hole. Empty means none, as in the HTML standard.
+fn last_event_id(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let mut values = headers.get_all("last-event-id").iter().filter(|value| !value.is_empty());
+    let value = values.next();
+    if values.next().is_some() {
+        let what = "there is more than one Last-Event-ID header";
+        return Err(Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what));
+    }
+    Ok(value.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned()))
 }
 
 /// The body: what the session says, as event-stream text.

@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, StatusCode};
 use crate::auth::ticket::{TICKET_TTL, TicketError};
 use crate::http::credentials;
 use crate::http::problem::Problem;
+use crate::http::query::Query;
 use crate::protocol::error::ErrorCode;
 use crate::session::Context;
 
@@ -21,8 +22,9 @@ pub async fn issue(
     RawQuery(raw): RawQuery,
     headers: HeaderMap,
 ) -> Result<(StatusCode, Json<serde_json::Value>), Problem> {
+    let query = Query::read(raw.as_deref())?;
     // A ticket in the URL buys no other: whoever was given one for a stream would keep access as long as the key has it.
-    let query = credentials::query(raw.as_deref()).into_iter().filter(|(name, _)| name != "ticket").collect();
+    let query = query.without("ticket");
     let Some(access) = credentials::access(&context, &headers, &query).await? else {
         let what = "send the key as Authorization: Bearer";
         return Err(Problem::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthenticated, what));

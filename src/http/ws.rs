@@ -11,6 +11,7 @@ use axum::response::Response;
 
 use crate::http::credentials;
 use crate::http::problem::Problem;
+use crate::http::query::Query;
 use crate::protocol::SUBPROTOCOL;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::ErrorCode;
@@ -36,9 +37,8 @@ pub async fn upgrade(
         let what = format!("this is a WebSocket: {rejection}");
         Problem::new(StatusCode::UPGRADE_REQUIRED, ErrorCode::BadMessage, what)
     })?;
-    check_origin(&context, &headers)?;
     has_room(&context)?;
-    let access = credentials::access(&context, &headers, &credentials::query(raw.as_deref())).await?;
+    let access = credentials::access(&context, &headers, &Query::read(raw.as_deref())?).await?;
     let admitted = match access {
         Some(access) => {
             let guard = credentials::connection(&context, &access)?;
@@ -78,17 +78,6 @@ fn speaks_another_version(headers: &HeaderMap) -> bool {
         .map(str::trim)
         .collect();
     !offered.contains(&SUBPROTOCOL) && offered.iter().any(|name| name.starts_with("tidewire."))
-}
-
-/// Browsers say where a page came from; others do not.
-pub(super) fn check_origin(context: &Context, headers: &HeaderMap) -> Result<(), Problem> {
-    let allowed = &context.options.allowed_origins;
-    let Some(origin) = headers.get(header::ORIGIN).and_then(|value| value.to_str().ok()) else { return Ok(()) };
-    if allowed.is_empty() || allowed.iter().any(|one| one == "*" || one.eq_ignore_ascii_case(origin)) {
-        return Ok(());
-    }
-    let what = format!("pages of {origin} may not connect: add it to allowed_origins");
-    Err(Problem::new(StatusCode::FORBIDDEN, ErrorCode::Forbidden, what))
 }
 
 /// A node that drains or is full sends newcomers elsewhere.

@@ -9,6 +9,7 @@
 mod auth;
 mod capture;
 mod container;
+mod cors;
 mod deliver;
 mod deployment;
 mod doctor;
@@ -24,6 +25,7 @@ mod migrations;
 mod partitions;
 mod private_server;
 mod protocol;
+mod query;
 mod relay;
 mod resume;
 mod revocation;
