@@ -42,8 +42,9 @@ pub struct TailArgs {
     /// Only these columns.
     #[arg(long, value_name = "COLUMN", value_delimiter = ',')]
     columns: Vec<String>,
-    /// Where to begin: `now`, or a cursor that an earlier run printed.
-    #[arg(long, default_value = "now", value_name = "now|CURSOR")]
+    /// Where to begin: `now`, `oldest` (all that the log still has; the key needs the history scope), or a cursor that an
+    /// earlier run printed.
+    #[arg(long, default_value = "now", value_name = "now|oldest|CURSOR")]
     from: String,
     /// Address of a node or a balancer; several, separated by commas, are tried in turn. Without it: the `tidewire dev`
     /// that you run.
@@ -85,6 +86,7 @@ impl TailArgs {
     fn subscribe_options(&self) -> SubscribeOptions {
         let start = match self.from.as_str() {
             "now" => Start::Now,
+            "oldest" => Start::Oldest,
             cursor => Start::After(cursor.to_owned()),
         };
         let mut options = SubscribeOptions::tables(&self.tables).from(start);

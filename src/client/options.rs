@@ -122,6 +122,8 @@ pub enum Start {
     /// With the next change.
     #[default]
     Now,
+    /// With the oldest whole transaction that the log still has. The key needs the history scope.
+    Oldest,
     /// After this position: the text of a cursor, exactly as the server or [`position`](super::Subscription::position)
     /// gave it.
     After(String),
@@ -189,6 +191,7 @@ impl SubscribeOptions {
     pub(super) fn into_request(self, id: String) -> Subscribe {
         let from = match self.start {
             Start::Now => WireFrom::Now,
+            Start::Oldest => WireFrom::Oldest,
             Start::After(cursor) => WireFrom::Cursor(cursor),
         };
         Subscribe { id, tables: self.tables, ops: self.ops, filter: self.filter, columns: self.columns, from }

@@ -50,7 +50,7 @@ pub async fn stream(
 ) -> Result<Response, Problem> {
     has_room(&context)?;
     let query = Query::read(raw.as_deref())?;
-    let subscribe = read(&context, &headers, &query)?;
+    let subscribe = read(&headers, &query)?;
     let Some(access) = credentials::access(&context, &headers, &query).await? else {
         let what = "send the key as Authorization: Bearer, or a ticket from POST /v1/tickets";
         return Err(Problem::new(StatusCode::UNAUTHORIZED, ErrorCode::Unauthenticated, what));
@@ -106,7 +106,7 @@ async fn hand_over(events: Events, sender: Sender<Result<Bytes, Infallible>>, co
 }
 
 /// The subscription, as the query and `Last-Event-ID` have it.
-fn read(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Subscribe, Problem> {
+fn read(headers: &HeaderMap, query: &Query) -> Result<Subscribe, Problem> {
     let bad = |what: String| Problem::new(StatusCode::BAD_REQUEST, ErrorCode::BadMessage, what);
     // Before the parameters: a key's own advice is better than "there is no parameter".
     credentials::refuse_keys(query)?;
@@ -119,10 +119,7 @@ fn read(context: &Context, headers: &HeaderMap, query: &Query) -> Result<Subscri
     let from = match (last_id.or_else(|| cursor.map(str::to_owned)), from) {
         (Some(cursor), _) => From::Cursor(cursor),
         (None, Some("snapshot")) => From::Snapshot,
-        (None, Some("oldest")) => match context.hub.oldest() {
-            Some(cursor) => From::Cursor(cursor.to_string()),
-            None => return Err(Problem::unavailable("this node does not know the log's state yet", 1)),
-        },
+        (None, Some("oldest")) => From::Oldest,
         (None, _) => From::Now,
     };
     let tables = query.all("table");

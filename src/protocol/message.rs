@@ -89,6 +89,8 @@ pub enum From {
     /// With the next change.
     #[default]
     Now,
+    /// With the oldest whole transaction that the log still has.
+    Oldest,
     /// With the rows as they are.
     Snapshot,
     /// After this position.
@@ -109,7 +111,7 @@ pub enum ServerMessage {
         id: String,
         /// Its position; null for a snapshot.
         cursor: Option<Cursor>,
-        /// Whether nothing was missed since the given cursor; null for `now` and `snapshot`.
+        /// Whether nothing was missed since the given cursor; null for `now`, `oldest` and `snapshot`.
         recovered: Option<bool>,
         /// Where its first events come from.
         source: Source,
@@ -316,6 +318,7 @@ mod tests {
         assert_eq!(subscribe.filter.as_deref(), Some("status = 'paid'"));
         for (from, want) in [
             (r#""now""#, From::Now),
+            (r#""oldest""#, From::Oldest),
             (r#""snapshot""#, From::Snapshot),
             (r#"{"snapshot_if_gone":"y"}"#, From::SnapshotIfGone("y".into())),
         ] {

@@ -45,7 +45,7 @@ pub struct Started {
     pub tap: Tap,
     /// Its position.
     pub cursor: Cursor,
-    /// Whether nothing was missed; None for `now`.
+    /// Whether nothing was missed; None for `now` and `oldest`.
     pub recovered: Option<bool>,
     /// Where its first events come from.
     pub source: Source,
@@ -81,6 +81,11 @@ pub async fn start(
     let wish = Wish::read(subscribe)?;
     let asked = match &subscribe.from {
         From::Now => None,
+        From::Oldest if !scopes.history() => {
+            let what = "this key may not read history: subscribe from now, or ask for a key that has it (keys create --history)";
+            return Err(WireError::never(ErrorCode::Forbidden, what).into());
+        }
+        From::Oldest => None,
         From::Cursor(text) | From::SnapshotIfGone(text) => {
             let parsed = text.parse::<Cursor>();
             let refuse = |error: MalformedCursor| gone(context, ResyncReason::CursorInvalid, error.to_string());
@@ -97,6 +102,10 @@ pub async fn start(
     let edge = resume::settled(context).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
     let tap = join(context, scopes, subscribe, &wish, signal).await?;
+    if subscribe.from == From::Oldest {
+        let (cursor, source, generation) = resume::oldest(context).await?;
+        return Ok(Started { tap, cursor, recovered: None, source, generation });
+    }
     let Some(cursor) = asked else {
         // Not whatever the edge says: while the log is exchanged it still names the end of the one that goes.
         let edge = resume::settled(context).await?;
@@ -109,6 +118,20 @@ pub async fn start(
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
         Err(refused) => Err(or_snapshot(subscribe, refused)),
     }
+}
+
+/// Joins the hub again for a subscription that runs: what its connection may see has changed.
+///
+/// # Errors
+/// What the new `scopes` do not allow, or Postgres is away.
+pub async fn rejoin(
+    context: &Arc<Context>,
+    scopes: &Arc<Scopes>,
+    subscribe: &Subscribe,
+    signal: &Arc<Signal>,
+) -> Result<Tap, WireError> {
+    let wish = Wish::read(subscribe)?;
+    join(context, scopes, subscribe, &wish, signal).await
 }
 
 /// A place in the hub. Where a table's shape changed between the look at it and joining, those who had joined before
@@ -368,14 +391,18 @@ fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, col
     Ok(())
 }
 
-/// A resync with what can be resumed from now; the id is filled in by whoever sends it.
+/// A resync with what can be resumed from now; whoever sends it fills in the id and counts it.
 pub fn gone(context: &Context, reason: ResyncReason, message: impl Into<String>) -> NotStarted {
-    NotStarted::Resync(resync(context, String::new(), reason, message.into()))
+    NotStarted::Resync(uncounted(context, String::new(), reason, message.into()))
 }
 
 /// Tells that `id` cannot go on.
 #[must_use]
 pub fn resync(context: &Context, id: String, reason: ResyncReason, message: String) -> Resync {
     context.metrics.resyncs_total.with_label_values(&[reason.as_str()]).inc();
+    uncounted(context, id, reason, message)
+}
+
+fn uncounted(context: &Context, id: String, reason: ResyncReason, message: String) -> Resync {
     Resync { id, reason, oldest: context.hub.oldest(), newest: Some(context.hub.edge().boundary), message }
 }

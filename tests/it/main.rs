@@ -22,6 +22,7 @@ mod filter;
 mod limits;
 mod listen;
 mod migrations;
+mod oldest;
 mod partitions;
 mod private_server;
 mod protocol;

@@ -51,6 +51,27 @@ pub(super) async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Res
     Ok((source, edge.generation))
 }
 
+/// The oldest position that lies between transactions, and from where its events come. Retention may take it away while it is
+/// being checked: then the next one.
+pub(super) async fn oldest(context: &Context) -> Result<(Cursor, Source, u64), NotStarted> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let edge = settled(context).await?;
+        if let Some(cursor) = context.hub.oldest() {
+            match resume(context, cursor, edge).await {
+                Ok((source, generation)) => return Ok((cursor, source, generation)),
+                Err(NotStarted::Resync(_)) => {}
+                Err(refused) => return Err(refused),
+            }
+        }
+        if Instant::now() >= until {
+            return Err(unavailable("this node does not know where the log begins").into());
+        }
+        context.follower.reconcile();
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
 /// Whether the position is one of this log, as far as this node can tell; else the resync that says why not.
 async fn admit(context: &Context, cursor: Cursor, edge: Edge) -> Result<(), NotStarted> {
     match context.hub.epochs().admit(&cursor) {
