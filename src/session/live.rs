@@ -4,6 +4,7 @@
 //! queued for a slow client, whose positions simply stay behind. The session registers for wake-ups before it looks for
 //! news, so news that comes in between wakes it.
 
+mod grant;
 mod supply;
 
 use std::future::Future;
@@ -17,6 +18,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 
+use self::grant::{Admitted, Grant};
 use self::supply::Next;
 use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
@@ -26,10 +28,9 @@ use crate::hub::Tap;
 use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
 use crate::mutant::{self, Mutant};
-use crate::protocol::VERSION;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
-use crate::protocol::message::{Auth, ServerMessage, Welcome, Window};
+use crate::protocol::message::{ServerMessage, Subscribe};
 use crate::session::machine::{Machine, Output, Timing, unavailable};
 use crate::session::start::{self, NotStarted, Started};
 use crate::session::sync;
@@ -57,9 +58,9 @@ pub enum Emit {
 
 /// Work that waits for Postgres.
 enum Done {
-    Authenticated(Result<(Access, ConnectionGuard), (WireError, CloseCode)>),
-    Renewed(Result<Access, (WireError, CloseCode)>),
-    Started(u64, Result<Started, NotStarted>),
+    Authenticated(Result<Admitted, (WireError, CloseCode)>),
+    Started { serial: u64, view: u64, subscribe: Arc<Subscribe>, outcome: Result<Started, NotStarted> },
+    Checked { id: Arc<str>, view: u64, tap: Result<Tap, WireError> },
     Page(Arc<str>, u64, Result<Page, ()>),
     Synced(u64, Result<Cursor, WireError>),
 }
@@ -69,7 +70,11 @@ type Work = Pin<Box<dyn Future<Output = Done> + Send>>;
 /// One subscription's place.
 struct Place {
     id: Arc<str>,
+    // As it was asked for: it is checked again when the connection's key becomes another.
+    subscribe: Arc<Subscribe>,
     tap: Tap,
+    // It is being checked again and delivers nothing.
+    suspended: bool,
     // Everything up to here has been handed over or was not for it.
     passed: Seq,
     generation: u64,
@@ -89,10 +94,8 @@ pub struct Session {
     turn: usize,
     work: FuturesUnordered<Work>,
     timer: Pin<Box<tokio::time::Sleep>>,
-    access: Option<Access>,
-    ended: Option<Pin<Box<dyn Future<Output = CloseCode> + Send>>>,
-    // Counts for the key until the session ends.
-    guard: Option<ConnectionGuard>,
+    // None until it is authenticated.
+    grant: Option<Grant>,
     drain: watch::Receiver<Option<Drain>>,
     drain_seen: Pin<Box<dyn Future<Output = ()> + Send>>,
     progress_due: bool,
@@ -134,16 +137,14 @@ impl Session {
             turn: 0,
             work: FuturesUnordered::new(),
             timer: Box::pin(tokio::time::sleep_until((now + timing.heartbeat).into())),
-            access: None,
-            ended: None,
-            guard: None,
+            grant: None,
             drain_seen: drain_seen(drain.clone()),
             drain,
             progress_due: false,
             context,
         };
         if let Some((access, guard)) = admitted {
-            session.admit(access, guard);
+            session.admit(Admitted::new(access, guard));
         }
         session
     }
@@ -159,9 +160,20 @@ impl Session {
         self.machine.message(Instant::now(), text);
     }
 
-    /// Something else came in: a ping, a pong.
+    /// The client is there.
     pub fn heard(&mut self) {
         self.machine.heard(Instant::now());
+    }
+
+    /// A ping or a pong came in.
+    pub fn control(&mut self) {
+        self.machine.control(Instant::now());
+    }
+
+    /// Whether credentials are being checked: the client is not read meanwhile.
+    #[must_use]
+    pub const fn is_authenticating(&self) -> bool {
+        self.machine.is_authenticating()
     }
 
     /// Answers that wait to be sent.
@@ -225,10 +237,10 @@ impl Session {
 
     /// A revoked or expired key, a drain: true when something happened.
     fn poll_ends(&mut self, task: &mut TaskContext<'_>) -> bool {
-        if let Some(ended) = self.ended.as_mut()
-            && let Poll::Ready(code) = ended.as_mut().poll(task)
+        if let Some(grant) = self.grant.as_mut()
+            && let Poll::Ready(code) = grant.ended.as_mut().poll(task)
         {
-            self.ended = None;
+            grant.ended = Box::pin(std::future::pending());
             let what = "this connection's key was revoked, expired or changed: connect with a valid one";
             self.machine.refuse(WireError::never(ErrorCode::Unauthenticated, what), code);
             return true;
@@ -248,6 +260,10 @@ impl Session {
     /// True when the machine's time has come.
     fn poll_timer(&mut self, task: &mut TaskContext<'_>) -> bool {
         let now = Instant::now();
+        if self.machine.is_authenticating() {
+            // Not read, so not silent.
+            self.machine.heard(now);
+        }
         let deadline = self.machine.deadline();
         if deadline <= now {
             self.progress_due = self.machine.progress_due(now);
@@ -282,12 +298,7 @@ impl Session {
             }
             Output::Authenticate(auth) => self.authenticate(auth),
             Output::Start { serial, subscribe } => {
-                let Some(access) = &self.access else { return None };
-                let (context, scopes) = (Arc::clone(&self.context), Arc::clone(&access.scopes));
-                let signal = Arc::clone(&self.signal);
-                self.work.push(Box::pin(async move {
-                    Done::Started(serial, start::start(&context, &scopes, &subscribe, &signal).await)
-                }));
+                self.start(serial, Arc::from(subscribe));
             }
             Output::Stop(id) => self.places.retain(|place| place.id != id),
             Output::Sync { serial, xid, until } => {
@@ -300,88 +311,44 @@ impl Session {
         None
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the edge: keys expire by the clock on the wall")]
-    fn authenticate(&mut self, auth: Auth) {
-        let context = Arc::clone(&self.context);
-        let renewal = self.access.is_some();
-        self.work.push(Box::pin(async move {
-            if auth.role.is_some() || auth.password.is_some() {
-                let what = "database credentials are not offered by this version: send an API key as token";
-                let refused = (WireError::never(ErrorCode::Unsupported, what), CloseCode::Unauthenticated);
-                return if renewal { Done::Renewed(Err(refused)) } else { Done::Authenticated(Err(refused)) };
-            }
-            let judged = context.keys.authenticate(auth.token.as_deref().unwrap_or(""), chrono::Utc::now()).await;
-            let judged = judged.map_err(|error| refused(&error));
-            if renewal {
-                return Done::Renewed(judged);
-            }
-            let access = match judged {
-                Ok(access) => access,
-                Err(refused) => return Done::Authenticated(Err(refused)),
-            };
-            let limit = access.scopes.max_connections();
-            if let Ok(guard) = context.limiter.try_acquire(&access.key_id, limit) {
-                return Done::Authenticated(Ok((access, guard)));
-            }
-            context.metrics.admissions_deferred_total.inc();
-            let admitted = context.limiter.acquire(&access.key_id, limit).await.map_err(|over| {
-                let error = WireError::backoff(ErrorCode::RateLimited, over.to_string(), 5_000);
-                (error, CloseCode::TooManyConnections)
-            });
-            Done::Authenticated(admitted.map(|guard| (access, guard)))
-        }));
-    }
-
-    fn admit(&mut self, access: Access, guard: ConnectionGuard) {
-        self.guard = Some(guard);
-        self.follow_key(access);
-        let options = &self.context.options;
-        let memory = self.context.hub.ring_age();
-        self.machine.welcome(Welcome {
-            version: VERSION,
-            connection: self.name.clone(),
-            node: self.context.node.clone(),
-            heartbeat_ms: millis(options.heartbeat),
-            progress_ms: millis(options.progress),
-            window: Window { memory_ms: millis(memory), history_ms: millis(options.history) },
-            limits: options.limits,
-        });
-    }
-
-    fn follow_key(&mut self, access: Access) {
-        let followed = access.clone();
-        self.ended = Some(Box::pin(async move { followed.ended().await }));
-        self.access = Some(access);
-    }
-
     /// Work that waited for Postgres is done.
     fn settle(&mut self, done: Done) {
         match done {
-            Done::Authenticated(Ok((access, guard))) => self.admit(access, guard),
-            // A renewed token takes effect for what comes; what runs was granted under the old one and keeps its view
-            // only while both say the same.
-            Done::Renewed(Ok(access)) => {
-                let same = self.access.as_ref().is_some_and(|old| old.scopes == access.scopes);
-                self.follow_key(access);
-                if !same && !self.places.is_empty() {
-                    let what = "the new token has other scopes: reconnect with it";
-                    let error = WireError::never(ErrorCode::Unauthenticated, what);
-                    self.machine.refuse(error, CloseCode::TokenExpired);
+            Done::Authenticated(Ok(admitted)) => self.admit(admitted),
+            Done::Authenticated(Err((error, code))) => self.machine.refuse(error, code),
+            Done::Started { serial, view, subscribe, .. }
+                if self.grant.as_ref().is_none_or(|grant| grant.view != view) =>
+            {
+                // An `auth` came meanwhile: what the old key was granted or refused says nothing.
+                self.start(serial, subscribe);
+            }
+            Done::Started { serial, subscribe, outcome, .. } => match outcome {
+                Ok(started) => self.started(serial, subscribe, started),
+                Err(NotStarted::Refused(error)) => self.machine.not_started(serial, error),
+                Err(NotStarted::Resync(resync)) => {
+                    let reason = resync.reason.as_str();
+                    self.context.metrics.resyncs_total.with_label_values(&[reason]).inc();
+                    self.machine.not_resumed(serial, resync);
                 }
-            }
-            Done::Authenticated(Err((error, code))) | Done::Renewed(Err((error, code))) => {
-                self.machine.refuse(error, code);
-            }
-            Done::Started(serial, Ok(started)) => self.started(serial, started),
-            Done::Started(serial, Err(NotStarted::Refused(error))) => self.machine.not_started(serial, error),
-            Done::Started(serial, Err(NotStarted::Resync(resync))) => self.machine.not_resumed(serial, resync),
+            },
+            Done::Checked { id, view, tap } => self.checked(&id, view, tap),
             Done::Page(id, generation, page) => self.page_read(&id, generation, page),
             Done::Synced(serial, Ok(cursor)) => self.machine.sync_found(serial, cursor),
             Done::Synced(serial, Err(error)) => self.machine.sync_failed(serial, error),
         }
     }
 
-    fn started(&mut self, serial: u64, started: Started) {
+    fn start(&mut self, serial: u64, subscribe: Arc<Subscribe>) {
+        let Some(grant) = &self.grant else { return };
+        let (context, scopes, view) = (Arc::clone(&self.context), Arc::clone(&grant.access.scopes), grant.view);
+        let signal = Arc::clone(&self.signal);
+        self.work.push(Box::pin(async move {
+            let outcome = start::start(&context, &scopes, &subscribe, &signal).await;
+            Done::Started { serial, view, subscribe, outcome }
+        }));
+    }
+
+    fn started(&mut self, serial: u64, subscribe: Arc<Subscribe>, started: Started) {
         let Started { tap, cursor, recovered, source, generation } = started;
         let Some(id) = self.machine.started(Instant::now(), serial, cursor, recovered, source) else { return };
         if recovered.is_some() {
@@ -397,7 +364,8 @@ impl Session {
             self.machine.reached(Instant::now(), &id, cursor);
         }
         let carry = Vec::new();
-        self.places.push(Place { id, tap, passed, generation, carry, reading: false, fell_back: false });
+        let (suspended, reading, fell_back) = (false, false, false);
+        self.places.push(Place { id, subscribe, tap, suspended, passed, generation, carry, reading, fell_back });
     }
 }
 

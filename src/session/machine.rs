@@ -111,6 +111,8 @@ pub struct Machine {
     tokens: f64,
     tokens_at: Instant,
     limited_since: Option<Instant>,
+    // Credentials that are being checked.
+    authenticating: u32,
 }
 
 impl Machine {
@@ -130,6 +132,7 @@ impl Machine {
             tokens: BURST,
             tokens_at: now,
             limited_since: None,
+            authenticating: 0,
         }
     }
 
@@ -153,6 +156,21 @@ impl Machine {
     /// Anything came from the client.
     pub fn heard(&mut self, now: Instant) {
         self.heard = now;
+    }
+
+    /// A frame came from the client that is no message: a ping, a pong. It counts against the rate as a message does.
+    pub fn control(&mut self, now: Instant) {
+        self.heard = now;
+        if self.phase != Phase::Closed {
+            self.spend(now);
+        }
+    }
+
+    /// Whether credentials are being checked. Until that is over the driver reads nothing more from the client, so that what
+    /// follows an `auth` is checked against its outcome.
+    #[must_use]
+    pub const fn is_authenticating(&self) -> bool {
+        self.authenticating > 0
     }
 
     /// When the client may be read again; None: now. Above the rate the server stops reading for a while.
@@ -208,6 +226,7 @@ impl Machine {
                 if matches!(self.phase, Phase::Greeting { .. }) {
                     self.phase = Phase::Authenticating;
                 }
+                self.authenticating += 1;
                 self.outputs.push_back(Output::Authenticate(auth));
             }
             (Phase::Greeting { .. }, _) => {
@@ -228,8 +247,14 @@ impl Machine {
         }
     }
 
-    /// The credentials are good: says `welcome`, or takes note of a new token.
+    /// The new token of a live connection is good. Nothing is said.
+    pub fn renewed(&mut self) {
+        self.authenticating = self.authenticating.saturating_sub(1);
+    }
+
+    /// The credentials are good: says `welcome`.
     pub fn welcome(&mut self, welcome: Welcome) {
+        self.authenticating = self.authenticating.saturating_sub(1);
         if matches!(self.phase, Phase::Greeting { .. } | Phase::Authenticating) {
             self.phase = Phase::Open;
             self.send(ServerMessage::Welcome(welcome));
@@ -317,6 +342,15 @@ impl Machine {
         if self.forget(&resync.id) {
             self.outputs.push_back(Output::Stop(resync.id.as_str().into()));
             self.send(ServerMessage::ResyncRequired(resync));
+            self.settle_syncs();
+        }
+    }
+
+    /// The subscription has ended because the connection's key may not have it, or not any more.
+    pub fn refused(&mut self, id: &str, error: WireError) {
+        if self.forget(id) {
+            self.outputs.push_back(Output::Stop(id.into()));
+            self.error(Some(id.to_owned()), error);
             self.settle_syncs();
         }
     }

@@ -69,7 +69,7 @@ struct Served {
     closing: Option<Pin<Box<tokio::time::Sleep>>>,
     // Why: it accepted nothing for too long.
     slow: bool,
-    // Its messages wait until it has taken our answers.
+    // Its messages wait until it has taken our answers, or its credentials have been checked.
     held_back: bool,
     held_back_total: prometheus::IntCounter,
     dirty: bool,
@@ -86,7 +86,7 @@ impl Served {
         if self.poll_inbound(task) || self.poll_outbound(task) || self.poll_slow(task) {
             return Poll::Ready(());
         }
-        if self.held_back && self.session.backlog() < MAX_BACKLOG {
+        if self.held_back && self.session.backlog() < MAX_BACKLOG && !self.session.is_authenticating() {
             task.waker().wake_by_ref();
         }
         match self.closing.as_mut() {
@@ -98,12 +98,12 @@ impl Served {
     /// True: the connection is gone.
     fn poll_inbound(&mut self, task: &mut TaskContext<'_>) -> bool {
         loop {
-            let held_back = self.session.backlog() >= MAX_BACKLOG;
-            if held_back && !self.held_back {
+            let backlog = self.session.backlog() >= MAX_BACKLOG;
+            if backlog && !self.held_back {
                 self.held_back_total.inc();
             }
-            self.held_back = held_back;
-            if held_back {
+            self.held_back = backlog || self.session.is_authenticating();
+            if self.held_back {
                 return false;
             }
             if let Some(pause) = self.pause.as_mut() {
@@ -132,7 +132,7 @@ impl Served {
                             ),
                             CloseCode::Unsupported,
                         ),
-                        Message::Ping(_) | Message::Pong(_) => self.session.heard(),
+                        Message::Ping(_) | Message::Pong(_) => self.session.control(),
                         // The library answers it; the stream ends once that is out.
                         Message::Close(_) => self.session.close(CloseCode::Normal),
                     }

@@ -6,6 +6,7 @@
     reason = "a test's tasks end with its runtime, and tests are told where Postgres is"
 )]
 
+mod access;
 mod auth;
 mod capture;
 mod container;

@@ -60,7 +60,7 @@ impl Session {
             let before = std::mem::replace(&mut place.generation, edge.generation);
             return self.judge_anew(index, before).unwrap_or(Step::Skipped);
         }
-        if place.reading {
+        if place.reading || place.suspended {
             return Step::Nothing;
         }
         if mutant::is(Mutant::ProgressTooEarly) {

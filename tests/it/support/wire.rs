@@ -49,6 +49,14 @@ impl Wire {
         self.send(Message::text(message.to_string())).await;
     }
 
+    /// Sends these in one write.
+    pub(crate) async fn say_at_once(&mut self, messages: &[Value]) {
+        for message in messages {
+            within("sending", self.socket.feed(Message::text(message.to_string()))).await.expect("the socket takes it");
+        }
+        within("sending", self.socket.flush()).await.expect("the socket takes messages");
+    }
+
     /// Sends anything.
     pub(crate) async fn send(&mut self, message: Message) {
         within("sending", self.socket.send(message)).await.expect("the socket takes a message");
