@@ -45,7 +45,7 @@ settings! {
     listen: SocketAddr, "TIDEWIRE_LISTEN";
     /// Where clients reach this node, for `status` [default: from listen]
     url: String, "TIDEWIRE_URL";
-    /// Pooled connections to Postgres, beside five of the node's own [default: 5]
+    /// Pooled connections to Postgres for what clients ask, beside eight of the node's own [default: 5]
     pool_size: u32, "TIDEWIRE_POOL_SIZE";
     /// Whether to migrate the database at the start [default: true]
     migrate: bool, "TIDEWIRE_MIGRATE";

@@ -31,12 +31,17 @@ use crate::postgres::{ConnectError, Database};
 use crate::protocol::message::Limits;
 use crate::relay::{Relay, RelayOptions, election};
 use crate::schema::Registry;
+use crate::session::start::LogEnd;
+use crate::session::sync::Syncs;
 use crate::session::{Context, Drain, SessionOptions};
 use crate::telemetry::metrics::{Metrics, gauge};
 
 /// Connections that wait to be accepted: a storm of clients comes within a second, and whoever finds no room tries again
 /// only after one. The kernel's `net.core.somaxconn` (4096 on Linux) bounds it as well.
 const BACKLOG: u32 = 4_096;
+/// Pooled connections of the node's own: one for the follower, one for the heartbeat, one for what is known of keys and
+/// tables. Beside those for clients, so that nothing that clients ask for keeps a node from the log.
+const OWN_CONNECTIONS: u32 = 3;
 /// Between two attempts to reach a database that was not there at the start.
 const BOOT_RETRY: Duration = Duration::from_millis(500);
 /// For the first answers of Postgres, migrations apart.
@@ -178,7 +183,8 @@ fn build(
     metrics.register_process()?;
     let pooled = settings.pooled_url.as_deref();
     let size = settings.pool_size.unwrap_or(5);
-    let database = Arc::new(Database::new(&config.database_url, pooled, &config.node, size)?);
+    let database = Database::new(&config.database_url, pooled, &config.node, OWN_CONNECTIONS)?.with_clients(size);
+    let database = Arc::new(database);
     let options = session_options(config);
     let hub = Arc::new(Hub::new(
         HubOptions {
@@ -225,6 +231,8 @@ fn build(
         tickets: Tickets::new(Arc::clone(&database)),
         limiter,
         cluster: cluster.status(),
+        syncs: Syncs::new(Arc::clone(&metrics)),
+        log_end: LogEnd::default(),
         follower: handle,
         hub,
         database,

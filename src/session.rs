@@ -8,7 +8,7 @@ pub mod live;
 pub mod machine;
 pub mod socket;
 pub mod start;
-mod sync;
+pub mod sync;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -49,6 +49,10 @@ pub struct Context {
     pub limiter: Arc<ConnectionLimiter>,
     /// What the heartbeat learns.
     pub cluster: Arc<ClusterStatus>,
+    /// Syncs of every session.
+    pub syncs: sync::Syncs,
+    /// The log's end and epochs, as Postgres has them, for cursors that this node has not reached.
+    pub log_end: start::LogEnd,
     /// The follower, to be asked for the log's end.
     pub follower: FollowerHandle,
     /// Where it counts.

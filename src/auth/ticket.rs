@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use sqlx::Row;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::auth::key::{KeyId, SECRET_CHARS, push_random};
@@ -27,7 +28,9 @@ pub const MAX_PENDING_TICKETS: i64 = 1_000;
 const TICKET_PREFIX: &str = "tkt_";
 /// Expired tickets that each new one takes away: more than come in, so they cannot pile up.
 const SWEPT_TICKETS: i64 = 100;
-/// Longest wait for Postgres.
+/// Statements at a time: whoever guesses tickets, which needs no key, leaves connections to clients that are let in.
+const MAX_STATEMENTS: usize = 2;
+/// Longest wait for Postgres, a place among the statements included.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A ticket. Its `Debug` shows nothing; [`Ticket::expose`] is the only way to the text.
@@ -65,13 +68,14 @@ pub enum TicketError {
 #[derive(Clone, Debug)]
 pub struct Tickets {
     database: Arc<Database>,
+    places: Arc<Semaphore>,
 }
 
 impl Tickets {
     /// Over this database.
     #[must_use]
     pub fn new(database: Arc<Database>) -> Self {
-        Self { database }
+        Self { database, places: Arc::new(Semaphore::new(MAX_STATEMENTS)) }
     }
 
     /// A ticket that stands for this key. The limit of pending ones is not exact when several are asked for at once.
@@ -81,7 +85,7 @@ impl Tickets {
     pub async fn issue(&self, key_id: &KeyId) -> Result<Ticket, TicketError> {
         let mut text = String::from(TICKET_PREFIX);
         push_random(&mut text, SECRET_CHARS, &mut rand::rng());
-        let pool = self.database.pool();
+        let pool = self.database.clients();
         let insert = sqlx::query(
             "WITH expired AS MATERIALIZED (
                  SELECT ticket_hash FROM tidewire.tickets
@@ -105,7 +109,7 @@ impl Tickets {
         .bind(MAX_PENDING_TICKETS)
         .bind(SWEPT_TICKETS)
         .execute(&pool);
-        match answered(insert).await?.rows_affected() {
+        match self.answered(insert).await?.rows_affected() {
             0 => Err(TicketError::TooMany),
             _ => Ok(Ticket(text)),
         }
@@ -120,17 +124,35 @@ impl Tickets {
         if !shaped {
             return Err(TicketError::Invalid);
         }
-        let pool = self.database.pool();
+        let pool = self.database.clients();
         let delete = sqlx::query(
             "DELETE FROM tidewire.tickets WHERE ticket_hash = $1
              RETURNING key_id, expires_at > clock_timestamp() AS valid",
         )
         .bind(hash(ticket))
         .fetch_optional(&pool);
-        let row = answered(delete).await?.ok_or(TicketError::Invalid)?;
+        let row = self.answered(delete).await?.ok_or(TicketError::Invalid)?;
         match (row.try_get("valid"), row.try_get("key_id")) {
             (Ok(true), Ok(key_id)) => Ok(KeyId::from_stored(key_id)),
             _ => Err(TicketError::Invalid),
+        }
+    }
+
+    async fn answered<T>(&self, query: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, TicketError> {
+        let bounded = async {
+            let _place = self.places.acquire().await;
+            query.await
+        };
+        match timeout(QUERY_TIMEOUT, bounded).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "tickets cannot be read or written");
+                Err(TicketError::Unavailable)
+            }
+            Err(_) => {
+                tracing::warn!("tickets cannot be read or written: no answer in time");
+                Err(TicketError::Unavailable)
+            }
         }
     }
 }
@@ -138,18 +160,4 @@ impl Tickets {
 /// The table is asked for a hash, so how far an index lookup goes says nothing about any ticket.
 fn hash(ticket: &str) -> Vec<u8> {
     Sha256::digest(ticket.as_bytes()).to_vec()
-}
-
-async fn answered<T>(query: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, TicketError> {
-    match timeout(QUERY_TIMEOUT, query).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => {
-            tracing::warn!(%error, "tickets cannot be read or written");
-            Err(TicketError::Unavailable)
-        }
-        Err(_) => {
-            tracing::warn!("tickets cannot be read or written: no answer in time");
-            Err(TicketError::Unavailable)
-        }
-    }
 }

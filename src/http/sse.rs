@@ -94,7 +94,16 @@ async fn hand_over(events: Events, sender: Sender<Result<Bytes, Infallible>>, co
             () = sender.closed() => None,
         };
         let Some(piece) = piece else { return };
-        match sender.send_timeout(piece, context.options.slow_after).await {
+        let sending = sender.send_timeout(piece, context.options.slow_after);
+        let working = std::future::poll_fn(|task| {
+            events.session.poll_work(task);
+            Poll::Pending::<std::convert::Infallible>
+        });
+        let sent = tokio::select! {
+            sent = sending => sent,
+            never = working => match never {},
+        };
+        match sent {
             Ok(()) => {}
             Err(SendTimeoutError::Timeout(_)) => {
                 context.metrics.slow_consumers_total.inc();

@@ -67,7 +67,7 @@ impl Pages {
         let read = Box::pin(async {
             self.metrics.log_queries_total.with_label_values(&["replay"]).inc();
             let limit = usize::try_from(PAGE_EVENTS).unwrap_or(usize::MAX);
-            let pool = self.database.pool();
+            let pool = self.database.clients();
             within(READ_TIMEOUT, read::events(&pool, first - 1, last, limit, PAGE_BYTES)).await.map(Arc::new)
         });
         self.cache.try_get_with((generation, first, last), read).await

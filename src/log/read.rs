@@ -1,5 +1,7 @@
 //! Reading the log by position.
 
+use std::collections::{BTreeSet, HashMap};
+
 use sqlx::Row as _;
 use sqlx::postgres::{PgPool, PgRow};
 use uuid::Uuid;
@@ -131,41 +133,100 @@ pub enum Transaction {
     Nothing,
 }
 
-/// What became of the transaction `xid`.
+/// What became of some transactions, and the newest seq of that moment; 0: the log never had an event.
+#[derive(Clone, Debug, Default)]
+pub struct Transactions {
+    found: HashMap<u64, Transaction>,
+    /// The newest seq.
+    pub newest: Seq,
+}
+
+impl Transactions {
+    /// What became of one that was asked for.
+    #[must_use]
+    pub fn of(&self, xid: u64) -> Transaction {
+        self.found.get(&xid).copied().unwrap_or(Transaction::Running)
+    }
+}
+
+// One snapshot for all of it: the relay moves rows from the outbox to the log in one transaction, so a committed
+// transaction's events are in exactly one of them. The log is searched from its end, as `sync` asks for news.
+const TRANSACTIONS: &str = "
+    WITH asked AS MATERIALIZED (
+        SELECT DISTINCT xid::xid8 AS xid
+        FROM unnest($1::text[]) AS given (xid)
+    ), logged AS MATERIALIZED (
+        SELECT l.xid, max(l.seq) AS seq
+        FROM tidewire.event_log AS l
+        WHERE l.seq > (SELECT max(seq) FROM tidewire.event_log) - $2
+          AND l.xid IN (SELECT xid FROM asked)
+        GROUP BY l.xid
+    )
+    SELECT asked.xid::text AS xid,
+           asked.xid >= pg_snapshot_xmax(pg_current_snapshot()) AS unbegun,
+           NOT pg_visible_in_snapshot(asked.xid, pg_current_snapshot()) AS running,
+           EXISTS (SELECT FROM tidewire.outbox AS o WHERE o.xid = asked.xid) AS waiting,
+           logged.seq,
+           (SELECT COALESCE(max(seq), 0) FROM tidewire.event_log) AS newest
+    FROM asked
+    LEFT JOIN logged ON logged.xid = asked.xid";
+
+/// What became of the transactions `xids`, in one statement however many they are; a few more where some of them may not
+/// have begun.
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn transaction(pool: &PgPool, xid: u64) -> Result<Transaction, sqlx::Error> {
-    // One snapshot for all of it: the relay moves rows from the outbox to the log in one transaction, so a committed
-    // transaction's events are in exactly one of them. `pg_xact_status` is there for its error about the future only:
-    // what it says may be newer than the snapshot. The log is searched from its end, as `sync` asks for news.
-    let asked = sqlx::query(
-        "SELECT pg_xact_status($1::text::xid8),
-                NOT pg_visible_in_snapshot($1::text::xid8, pg_current_snapshot()) AS running,
-                EXISTS (SELECT FROM tidewire.outbox WHERE xid = $1::text::xid8) AS waiting,
-                (SELECT max(seq) FROM tidewire.event_log
-                 WHERE seq > (SELECT max(seq) FROM tidewire.event_log) - $2 AND xid = $1::text::xid8) AS seq",
-    )
-    .bind(xid.to_string())
-    .bind(SYNC_SEARCH_EVENTS)
-    .fetch_one(pool)
-    .await;
-    let row = match asked {
-        Ok(row) => row,
-        // 22023: "transaction ID … is in the future".
-        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22023") => {
-            return Ok(Transaction::Future);
+pub async fn transactions(pool: &PgPool, xids: &BTreeSet<u64>) -> Result<Transactions, sqlx::Error> {
+    let texts: Vec<String> = xids.iter().map(u64::to_string).collect();
+    let rows = sqlx::query(TRANSACTIONS).bind(&texts).bind(SYNC_SEARCH_EVENTS).fetch_all(pool).await?;
+    let mut all = Transactions::default();
+    let mut unbegun = Vec::new();
+    for row in &rows {
+        let xid: u64 = row.try_get::<&str, _>("xid")?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+        let seq: Option<i64> = row.try_get("seq")?;
+        let became = match seq {
+            _ if row.try_get("running")? => Transaction::Running,
+            _ if row.try_get("waiting")? => Transaction::Waiting,
+            Some(seq) => Transaction::At(seq.cast_unsigned()),
+            None => Transaction::Nothing,
+        };
+        if row.try_get("unbegun")? {
+            unbegun.push(xid);
         }
-        Err(error) => return Err(error),
-    };
-    if row.try_get("running")? {
-        return Ok(Transaction::Running);
+        all.newest = row.try_get::<i64, _>("newest")?.cast_unsigned();
+        all.found.insert(xid, became);
     }
-    if row.try_get("waiting")? {
-        return Ok(Transaction::Waiting);
+    unbegun.sort_unstable();
+    let begun = begun_among(pool, &unbegun).await?;
+    all.found.extend(unbegun.into_iter().skip(begun).map(|xid| (xid, Transaction::Future)));
+    Ok(all)
+}
+
+/// How many of these, in order, have begun: a transaction that runs may lie beyond every snapshot. All of them or none is
+/// the rule, and found out with one or two questions.
+async fn begun_among(pool: &PgPool, xids: &[u64]) -> Result<usize, sqlx::Error> {
+    let (mut low, mut high) = (0, xids.len());
+    let mut next = 0;
+    while low < high {
+        if has_begun(pool, xids[next]).await? {
+            low = next + 1
+        } else {
+            high = next
+        }
+        // The first, the last, then halves.
+        next = if low == 1 && high == xids.len() { high - 1 } else { usize::midpoint(low, high) };
     }
-    let seq: Option<i64> = row.try_get("seq")?;
-    Ok(seq.map_or(Transaction::Nothing, |seq| Transaction::At(seq.cast_unsigned())))
+    Ok(low)
+}
+
+async fn has_begun(pool: &PgPool, xid: u64) -> Result<bool, sqlx::Error> {
+    let asked = sqlx::query("SELECT pg_xact_status($1::text::xid8)").bind(xid.to_string()).fetch_one(pool).await;
+    match asked {
+        Ok(_) => Ok(true),
+        // 22023: "transaction ID … is in the future".
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22023") => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// How far back `sync` looks for a transaction's events. An older one has been passed by every live subscription, and

@@ -12,6 +12,7 @@ pub mod identity;
 pub mod listen;
 pub mod migrate;
 pub mod registry;
+pub mod rounds;
 pub mod settings;
 pub mod url;
 
@@ -80,6 +81,8 @@ pub struct Database {
     size: u32,
     // Replaced, not mended: sqlx gives a silently dead connection's place in the pool back to nobody.
     pool: ArcSwap<PgPool>,
+    // Apart from it what clients can ask for, so that the node's own statements never wait behind theirs.
+    clients: Option<(u32, ArcSwap<PgPool>)>,
     identity: Arc<Identity>,
 }
 
@@ -101,13 +104,28 @@ impl Database {
         let identity = Arc::new(Identity::default());
         let first = pooled.clone().or_else(|| hosts.first().cloned()).ok_or(url::UrlError::NoHost)?;
         let pool = ArcSwap::from_pointee(pool(first, size, Arc::clone(&identity)));
-        Ok(Self { hosts, pooled, size, pool, identity })
+        Ok(Self { hosts, pooled, size, pool, clients: None, identity })
     }
 
-    /// The pool for single statements.
+    /// With a pool of `size` connections apart for what clients ask for.
+    #[must_use]
+    pub fn with_clients(mut self, size: u32) -> Self {
+        let options = self.pooled.clone().or_else(|| self.hosts.first().cloned());
+        self.clients =
+            options.map(|options| (size, ArcSwap::from_pointee(pool(options, size, Arc::clone(&self.identity)))));
+        self
+    }
+
+    /// The pool for single statements of the node's own: the follower's, the heartbeat's, what is known of keys and tables.
     #[must_use]
     pub fn pool(&self) -> PgPool {
         PgPool::clone(&self.pool.load())
+    }
+
+    /// The pool for single statements that a client's request is the reason of: however many of them wait, nobody else does.
+    #[must_use]
+    pub fn clients(&self) -> PgPool {
+        self.clients.as_ref().map_or_else(|| self.pool(), |(_, pool)| PgPool::clone(&pool.load()))
     }
 
     /// Which database the connections have found so far.
@@ -193,6 +211,9 @@ impl Database {
     pub async fn renew(&self) -> Result<(), ConnectError> {
         let (connection, _, options) = self.find(true).await?;
         let options = self.pooled.clone().unwrap_or(options);
+        if let Some((size, clients)) = &self.clients {
+            clients.store(Arc::new(pool(options.clone(), *size, Arc::clone(&self.identity))));
+        }
         self.pool.store(Arc::new(pool(options, self.size, Arc::clone(&self.identity))));
         let _ = tokio::time::timeout(CONNECT_TIMEOUT, connection.close()).await;
         Ok(())

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use sqlx::Row as _;
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgPool, PgRow};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,8 @@ const MAX_GONE: usize = 10_000;
 const REFRESH_RETRY: Duration = Duration::from_secs(1);
 /// Longest name of a channel: Postgres refuses a longer one.
 const MAX_CHANNEL_BYTES: usize = 63;
+/// Names of one question to Postgres: more are asked for in the next.
+const MAX_ROUND: usize = 1_000;
 /// One question to Postgres. A network that swallowed it, and then the end of the connection, would be waited for for ever.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -160,10 +162,20 @@ impl Registry {
         {
             return Ok(Lookup::Tracked(Arc::clone(&entry.info)));
         }
-        let round = {
-            let next = self.next.lock();
-            next.names.lock().insert(name.clone());
-            Arc::clone(&next)
+        let round = loop {
+            let full = {
+                let next = self.next.lock();
+                let mut names = next.names.lock();
+                if names.len() < MAX_ROUND || names.contains(name) {
+                    names.insert(name.clone());
+                    drop(names);
+                    break Arc::clone(&next);
+                }
+                drop(names);
+                Arc::clone(&next)
+            };
+            // Its question is as long as it may be: there is room in the one after it.
+            let _ = full.answer.get_or_init(|| self.ask(&full)).await;
         };
         // Whoever comes first asks for all; if it is cancelled, another takes over.
         match round.answer.get_or_init(|| self.ask(&round)).await {
@@ -207,10 +219,11 @@ impl Registry {
                 .map(|table| TableName::from_canonical(table))
                 .collect()
         };
-        for name in &unknown {
-            self.lookup(name).await?;
+        if unknown.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // On the node's own connection and apart from the rounds: the follower waits for no client's question.
+        self.read(unknown.into_iter().collect(), &self.database.pool()).await.map(|_| ())
     }
 
     /// Asks for every tracked table, in one query.
@@ -303,10 +316,10 @@ impl Registry {
             }
         }
         let names: Vec<TableName> = round.names.lock().iter().cloned().collect();
-        self.read(names).await.map_err(Arc::new)
+        self.read(names, &self.database.clients()).await.map_err(Arc::new)
     }
 
-    async fn read(&self, names: Vec<TableName>) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+    async fn read(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
         let began = self.known.read().doubts;
         let (mut asked, mut schemas, mut tables) = (Vec::new(), Vec::new(), Vec::new());
         for name in names {
@@ -316,8 +329,7 @@ impl Registry {
                 asked.push(name);
             }
         }
-        let pool = self.database.pool();
-        let asking = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(&pool);
+        let asking = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(pool);
         let rows = within(ASK_TIMEOUT, asking).await?;
         let mut found = HashMap::with_capacity(asked.len());
         for row in &rows {

@@ -198,6 +198,13 @@ impl Session {
         self.machine.refuse(error, code);
     }
 
+    /// What waits for Postgres goes on while the transport takes nothing: others may wait for the same answer.
+    pub fn poll_work(&mut self, task: &mut TaskContext<'_>) {
+        while let Poll::Ready(Some(done)) = self.work.poll_next_unpin(task) {
+            self.settle(done);
+        }
+    }
+
     /// What is to be sent next. After [`Emit::Close`] nothing comes.
     pub fn poll_emit(&mut self, task: &mut TaskContext<'_>) -> Poll<Emit> {
         self.signal.register(task.waker());

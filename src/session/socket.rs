@@ -171,6 +171,7 @@ impl Served {
                 Poll::Ready(Err(_)) => return true,
                 Poll::Pending => {
                     self.blocked();
+                    self.session.poll_work(task);
                     return false;
                 }
             }

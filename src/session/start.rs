@@ -6,6 +6,8 @@
 
 mod resume;
 
+pub use self::resume::LogEnd;
+
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::sync::Arc;

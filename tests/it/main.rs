@@ -34,6 +34,7 @@ mod revocation;
 mod schema;
 mod shape;
 mod sse;
+mod starvation;
 mod support;
 mod tidy;
 mod tracking;

@@ -53,8 +53,8 @@ const RECHECKS_PER_FLUSH: u32 = 4;
 const QUERY_TIMEOUT: Duration = Duration::from_secs(4);
 /// Longest judgement, a place among the lookups and their repetitions included.
 const JUDGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Keys looked up at a time, so that a flood of unknown ids cannot take the pool away from the rest of the node.
-const MAX_LOOKUPS: usize = 4;
+/// Keys looked up at a time, so that a flood of unknown ids leaves connections to clients that are let in.
+const MAX_LOOKUPS: usize = 2;
 /// Reads that changes may overtake before the caller is told to come back.
 const MAX_ATTEMPTS: usize = 5;
 /// Most times of last use kept between two flushes; beyond it the newest are lost, which only ages a display.
@@ -323,7 +323,7 @@ impl KeyStore {
         for _ in 0..MAX_ATTEMPTS {
             self.counters.lookups.fetch_add(1, Ordering::Relaxed);
             let mark = self.mark(key_id).load(Ordering::Acquire);
-            let row = self.ask(rows::read(&self.database.pool(), std::slice::from_ref(key_id))).await?.pop();
+            let row = self.ask(rows::read(&self.database.clients(), std::slice::from_ref(key_id))).await?.pop();
             match row {
                 Some(row) => {
                     if let Some(entry) = self.adopt(row, mark) {

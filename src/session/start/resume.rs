@@ -1,13 +1,16 @@
 //! Whether a cursor is a position of this log, and from where its events come.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{NotStarted, PATIENCE, RETRY, gone};
-use crate::cursor::{Cursor, EpochFault, Seq};
+use crate::cursor::{Cursor, EpochFault, Epochs, Seq};
 use crate::hub::Edge;
 use crate::log::read;
 use crate::mutant::{self, Mutant};
+use crate::postgres::rounds::Rounds;
 use crate::postgres::within;
 use crate::protocol::error::WireError;
 use crate::protocol::message::{ResyncReason, Source};
@@ -135,6 +138,33 @@ async fn page(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Seq>, No
     Ok(page.iter().map(|event| event.seq).find(|found| *found >= seq))
 }
 
+/// The log's newest seq and its epochs as Postgres has them, asked by all who need them as one: whoever sends cursors that
+/// nobody has given out makes the node ask no more often for that.
+#[derive(Debug)]
+pub struct LogEnd(Rounds<(), Option<(Seq, Epochs)>>);
+
+/// Between two such questions of a node.
+const LOG_END_PAUSE: Duration = Duration::from_millis(20);
+
+impl Default for LogEnd {
+    fn default() -> Self {
+        Self(Rounds::new(LOG_END_PAUSE))
+    }
+}
+
+impl LogEnd {
+    async fn ask(&self, context: &Context) -> Option<(Seq, Epochs)> {
+        let question = async |_| {
+            context.follower.reconcile();
+            let pool = context.database.clients();
+            let bounds = within(RETRY * 5, read::bounds(&pool)).await.ok()?;
+            let (epochs, _) = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await.ok()?;
+            Some((bounds.newest, epochs))
+        };
+        self.0.ask((), question).await
+    }
+}
+
 /// Asks the follower for the log's end and waits until this node has reached the cursor, or knows that the log has not, or
 /// has lost it. A new epoch alone says none of that: the node may have heard of it and not have read on yet.
 async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, WireError> {
@@ -149,13 +179,10 @@ async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, Wir
             Ok(()) if !edge.held && edge.deliverable.seq >= cursor.seq => return Ok(edge),
             _ => {}
         }
-        context.follower.reconcile();
         // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
-        let pool = context.database.pool();
-        if let Ok(bounds) = within(RETRY * 5, read::bounds(&pool)).await {
-            let epochs = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await;
-            let same = epochs.is_ok_and(|(epochs, _)| epochs == known);
-            let nowhere = admitted == Err(EpochFault::Unknown) || bounds.newest < cursor.seq;
+        if let Some((newest, epochs)) = context.log_end.ask(context).await {
+            let same = epochs == known;
+            let nowhere = admitted == Err(EpochFault::Unknown) || newest < cursor.seq;
             let edge = context.hub.edge();
             if same && nowhere && !edge.held {
                 return Ok(edge);
