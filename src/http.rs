@@ -1,9 +1,11 @@
 //! HTTP: one resource a file, one mapping of errors.
 
+mod checked_frames;
 mod cors;
 pub mod credentials;
 #[cfg(feature = "chaos")]
 mod failpoints;
+pub mod handshake;
 pub mod health;
 pub mod problem;
 pub mod query;

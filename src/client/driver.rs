@@ -210,7 +210,7 @@ impl Driver {
         let incoming = frame::read(&text).map_err(|error| End::Lost(Disconnect::Protocol(error.to_string())))?;
         if let Incoming::Message(message) = &incoming
             && let ServerMessage::Pong { t: Some(t) } = &**message
-            && let Some((since, reply)) = t.as_u64().and_then(|t| self.pings.remove(&t))
+            && let Some((since, reply)) = t.text().parse::<u64>().ok().and_then(|t| self.pings.remove(&t))
         {
             // Whoever asked may have gone.
             let _ = reply.send(Ok(now().duration_since(since)));

@@ -18,6 +18,7 @@ use crate::client::frame::{Frame, Incoming};
 use crate::client::requests::{Requests, Token};
 use crate::cursor::Cursor;
 use crate::protocol::error::{ErrorCode, Retry, WireError};
+use crate::protocol::inbound::RawJson;
 use crate::protocol::message::{ClientMessage, From as WireFrom, ServerMessage, Source, Subscribe, Welcome};
 
 /// The longest wait between attempts, by protocol.
@@ -175,7 +176,7 @@ impl Machine {
 
     /// Ask for an echo of `t`.
     pub(super) fn ping(&mut self, t: u64) {
-        self.out.push_back(Action::Send(ClientMessage::Ping { t: Some(t.into()) }));
+        self.out.push_back(Action::Send(ClientMessage::Ping { t: RawJson::try_from(t.to_string()).ok() }));
     }
 
     /// Anything at all came, a ping included.
@@ -245,8 +246,8 @@ impl Machine {
                 }
             }
             ServerMessage::Pong { .. } => {}
-            ServerMessage::Error { id, code, message, retry, retry_after_ms } => {
-                self.error(id, WireError { code, message, retry, retry_after_ms }, now);
+            ServerMessage::Error { id, tx, code, message, retry, retry_after_ms } => {
+                self.error(id, tx, WireError { code, message, retry, retry_after_ms }, now);
             }
         }
     }
@@ -340,17 +341,16 @@ impl Machine {
         true
     }
 
-    fn error(&mut self, id: Option<String>, error: WireError, now: Instant) {
-        let Some(id) = id.filter(|id| self.subs.contains_key(id.as_str())) else {
-            // The protocol names no request here: of those that are not about a subscription, only `sync` can fail so.
-            if matches!(error.code, ErrorCode::Unavailable | ErrorCode::BadMessage)
-                && let Some(token) = self.requests.refuse()
-            {
+    fn error(&mut self, id: Option<String>, tx: Option<String>, error: WireError, now: Instant) {
+        if let Some(tx) = tx {
+            if let Some(token) = self.requests.refused(&tx) {
                 self.out.push_back(Action::Answer(token, Err(ClientError::Refused(error))));
                 self.ask_next_sync(now);
-            } else {
-                self.last_error = Some(error);
             }
+            return;
+        }
+        let Some(id) = id.filter(|id| self.subs.contains_key(id.as_str())) else {
+            self.last_error = Some(error);
             return;
         };
         let Some(sub) = self.subs.get_mut(id.as_str()) else { return };

@@ -1,4 +1,4 @@
-//! The `sync` requests of a client: one is under way at a time, because an `error` does not name the one it answers.
+//! The `sync` requests of a client: one is under way at a time, so that a slow one costs the server one place.
 //!
 //! Pure. A request outlives its connection and is asked again on the next one, until its own deadline.
 
@@ -62,13 +62,13 @@ impl Requests {
         found
     }
 
-    /// The one that an `error` answers. It names none: one whose answer is overdue comes first, and should it have been
-    /// about the other, that one expires.
-    pub(super) fn refuse(&mut self) -> Option<Token> {
-        if self.owed.pop_front().is_some() {
+    /// The one that an `error` of this transaction answers. Of two about the same one the overdue answer comes first.
+    pub(super) fn refused(&mut self, tx: &str) -> Option<Token> {
+        if let Some(late) = self.owed.iter().position(|owed| owed == tx) {
+            self.owed.remove(late);
             return None;
         }
-        self.pending.pop_front_if(|head| head.asked).map(|head| head.token)
+        self.pending.pop_front_if(|head| head.asked && head.tx == tx).map(|head| head.token)
     }
 
     /// When [`expired`](Self::expired) has something to say.
@@ -113,7 +113,7 @@ mod tests {
         assert_eq!(requests.next(now).map(|next| next.0), Some("70".into()));
         assert_eq!(requests.synced("70"), Some(1));
         assert_eq!(requests.next(now).map(|next| next.0), Some("71".into()));
-        assert_eq!(requests.refuse(), Some(2));
+        assert_eq!(requests.refused("71"), Some(2));
     }
 
     #[test]
@@ -136,7 +136,14 @@ mod tests {
         requests.expired(later);
         requests.add(2, "71".into(), second, later);
         requests.next(later).unwrap();
-        assert_eq!(requests.refuse(), None, "that was about 70");
-        assert_eq!(requests.refuse(), Some(2));
+        assert_eq!(requests.refused("70"), None, "that one is over");
+        assert_eq!(requests.refused("71"), Some(2));
+        requests.add(3, "71".into(), second, later);
+        requests.next(later).unwrap();
+        requests.expired(later + second + GRACE);
+        requests.add(4, "71".into(), second, later);
+        requests.next(later).unwrap();
+        assert_eq!(requests.refused("71"), None, "the first answer is the first request's");
+        assert_eq!(requests.refused("71"), Some(4));
     }
 }

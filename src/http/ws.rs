@@ -3,18 +3,21 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{RawQuery, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::HeaderMap;
 use axum::response::Response;
+use futures_util::SinkExt as _;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
+use crate::http::checked_frames::CheckedFrames;
 use crate::http::credentials;
+use crate::http::handshake::Handshake;
 use crate::http::problem::Problem;
 use crate::http::query::Query;
-use crate::protocol::SUBPROTOCOL;
 use crate::protocol::close::CloseCode;
-use crate::protocol::error::ErrorCode;
 use crate::session::live::Session;
 use crate::session::{Context, socket};
 
@@ -23,7 +26,10 @@ const READ_BUFFER_BYTES: usize = 1 << 10;
 /// Written to the kernel beyond this; a connection keeps its largest message's size.
 const WRITE_BUFFER_BYTES: usize = 16 << 10;
 
-/// Upgrades, after judging the credentials that came along.
+/// A connection's frames.
+type Socket = WebSocketStream<CheckedFrames<TokioIo<Upgraded>>>;
+
+/// Upgrades, after judging the handshake and the credentials that came along.
 ///
 /// # Errors
 /// A [`Problem`] before the upgrade.
@@ -31,12 +37,9 @@ pub async fn upgrade(
     State(context): State<Arc<Context>>,
     RawQuery(raw): RawQuery,
     headers: HeaderMap,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+    handshake: Result<Handshake, Problem>,
 ) -> Result<Response, Problem> {
-    let upgrade = upgrade.map_err(|rejection| {
-        let what = format!("this is a WebSocket: {rejection}");
-        Problem::new(StatusCode::UPGRADE_REQUIRED, ErrorCode::BadMessage, what)
-    })?;
+    let handshake = handshake?;
     has_room(&context)?;
     let access = credentials::access(&context, &headers, &Query::read(raw.as_deref())?).await?;
     let admitted = match access {
@@ -46,38 +49,41 @@ pub async fn upgrade(
         }
         None => None,
     };
-    let upgrade = upgrade
-        .protocols([SUBPROTOCOL])
-        .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(WRITE_BUFFER_BYTES)
-        .max_message_size(context.options.limits.message_bytes)
-        .max_frame_size(context.options.limits.message_bytes);
-    let other_version = speaks_another_version(&headers);
-    Ok(upgrade.on_upgrade(async move |socket| {
+    let other_version = handshake.other_version();
+    let (response, on_upgrade) = handshake.accept();
+    let spawner = Arc::clone(&context);
+    spawner.lifecycle.spawn("websocket", async move {
+        let upgraded = match on_upgrade.await {
+            Ok(upgraded) => upgraded,
+            Err(error) => {
+                tracing::debug!(%error, "a connection ended before it was a WebSocket");
+                return;
+            }
+        };
+        let socket = socket(&context, upgraded).await;
         if other_version {
             return close_version(socket).await;
         }
         let session = Session::new(Arc::clone(&context), admitted, true);
         socket::serve(context, socket, session).await;
-    }))
+    });
+    Ok(response)
 }
 
-async fn close_version(mut socket: WebSocket) {
-    let code = CloseCode::Version;
-    let frame = CloseFrame { code: code.code(), reason: code.reason().into() };
-    let _ = socket.send(Message::Close(Some(frame))).await;
+async fn socket(context: &Context, upgraded: Upgraded) -> Socket {
+    let message_bytes = Some(context.options.limits.message_bytes);
+    let config = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(WRITE_BUFFER_BYTES)
+        .max_message_size(message_bytes)
+        .max_frame_size(message_bytes);
+    let frames = CheckedFrames::new(TokioIo::new(upgraded));
+    WebSocketStream::from_raw_socket(frames, Role::Server, Some(config)).await
 }
 
-/// Offers only versions of our protocol that we do not speak. Names that are not ours are no concern of ours.
-fn speaks_another_version(headers: &HeaderMap) -> bool {
-    let offered: Vec<&str> = headers
-        .get_all(header::SEC_WEBSOCKET_PROTOCOL)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
-        .collect();
-    !offered.contains(&SUBPROTOCOL) && offered.iter().any(|name| name.starts_with("tidewire."))
+async fn close_version(mut socket: Socket) {
+    // Whoever has gone need not be told.
+    let _ = socket.send(socket::close_frame(CloseCode::Version)).await;
 }
 
 /// A node that drains or is full sends newcomers elsewhere.

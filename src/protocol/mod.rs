@@ -4,6 +4,8 @@
 
 pub mod close;
 pub mod error;
+pub mod framing;
+pub mod inbound;
 pub mod message;
 
 /// The version that this program speaks.

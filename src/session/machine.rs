@@ -18,9 +18,8 @@ use self::syncs::Sync;
 use crate::cursor::{Cursor, Seq};
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, Retry, WireError};
-use crate::protocol::message::{
-    Auth, ClientMessage, Limits, MAX_ID_CHARS, Resync, ServerMessage, Source, Subscribe, Welcome,
-};
+use crate::protocol::inbound::Fault;
+use crate::protocol::message::{Auth, ClientMessage, Limits, Resync, ServerMessage, Source, Subscribe, Welcome};
 
 /// Messages that may come at once above the sustained rate.
 const BURST: f64 = 50.0;
@@ -207,15 +206,25 @@ impl Machine {
         if self.phase == Phase::Closed {
             return;
         }
-        match serde_json::from_str::<ClientMessage>(text) {
+        match ClientMessage::read(text) {
             Ok(message) => self.client(now, message),
-            Err(error) => {
-                let (code, close) = match self.phase {
-                    Phase::Greeting { .. } => (ErrorCode::Unauthenticated, CloseCode::Unauthenticated),
-                    _ => (ErrorCode::BadMessage, CloseCode::BadMessage),
-                };
-                self.fail(WireError::never(code, format!("not a message of version 1: {error}")), close);
+            Err(fault) => self.not_read(fault),
+        }
+    }
+
+    /// Before `welcome` whatever is not understood is no credential.
+    fn not_read(&mut self, fault: Fault) {
+        let bad = |what: String| WireError::never(ErrorCode::BadMessage, what);
+        match fault {
+            Fault::Form(what) | Fault::Subscribe { what, .. } | Fault::Sync { what, .. } | Fault::Ping(what)
+                if matches!(self.phase, Phase::Greeting { .. }) =>
+            {
+                self.fail(WireError::never(ErrorCode::Unauthenticated, what), CloseCode::Unauthenticated);
             }
+            Fault::Form(what) => self.fail(bad(what), CloseCode::BadMessage),
+            Fault::Subscribe { id, what } => self.error(Some(id), bad(what)),
+            Fault::Sync { tx, what } => self.sync_error(tx, bad(what)),
+            Fault::Ping(what) => self.error(None, WireError::never(ErrorCode::TooLarge, what)),
         }
     }
 
@@ -267,12 +276,7 @@ impl Machine {
     }
 
     fn subscribe(&mut self, now: Instant, subscribe: Subscribe) {
-        let length = subscribe.id.chars().count();
-        let refusal = if length == 0 || length > MAX_ID_CHARS {
-            let what = format!("a subscription's id has 1 to {MAX_ID_CHARS} characters");
-            self.fail(WireError::never(ErrorCode::BadMessage, what), CloseCode::BadMessage);
-            return;
-        } else if self.find(&subscribe.id).is_some() {
+        let refusal = if self.find(&subscribe.id).is_some() {
             WireError::never(ErrorCode::DuplicateId, "this id is in use on this connection: unsubscribe first")
         } else if self.subscriptions.len() >= self.limits.subscriptions {
             let what = format!("at most {} subscriptions a connection: open another", self.limits.subscriptions);
@@ -404,7 +408,7 @@ impl Machine {
         let late = self.syncs.extract_if(.., |sync| sync.until <= now).collect::<Vec<_>>();
         for sync in late {
             let what = format!("transaction {} was not over, or not relayed, within the time given", sync.tx);
-            self.error(None, WireError::backoff(ErrorCode::Unavailable, what, 1_000));
+            self.sync_error(sync.tx, WireError::backoff(ErrorCode::Unavailable, what, 1_000));
         }
     }
 
@@ -427,7 +431,12 @@ impl Machine {
 
     fn error(&mut self, id: Option<String>, error: WireError) {
         let WireError { code, message, retry, retry_after_ms } = error;
-        self.send(ServerMessage::Error { id, code, message, retry, retry_after_ms });
+        self.send(ServerMessage::Error { id, tx: None, code, message, retry, retry_after_ms });
+    }
+
+    fn sync_error(&mut self, tx: String, error: WireError) {
+        let WireError { code, message, retry, retry_after_ms } = error;
+        self.send(ServerMessage::Error { id: None, tx: Some(tx), code, message, retry, retry_after_ms });
     }
 
     fn send(&mut self, message: ServerMessage) {

@@ -9,14 +9,17 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
-use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket};
 use futures_util::{Sink as _, Stream as _};
-use tokio_tungstenite::tungstenite::Error as WireFault;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::CapacityError;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::{Bytes, Error as WireFault, Message, Utf8Bytes};
 
 use crate::failpoint;
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
+use crate::protocol::framing::HeadFault;
 use crate::protocol::message::ServerMessage;
 use crate::session::Context;
 use crate::session::live::{Emit, Session};
@@ -31,7 +34,10 @@ const EMITS_A_POLL: usize = 64;
 const BYTES_A_POLL: usize = 256 << 10;
 
 /// Serves one WebSocket to its end.
-pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
+pub async fn serve<S>(context: Arc<Context>, socket: WebSocketStream<S>, session: Session)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let hard = context.lifecycle.hard().clone();
     let transport = context.metrics.connections.with_label_values(&["websocket"]);
     transport.inc();
@@ -58,8 +64,8 @@ pub async fn serve(context: Arc<Context>, socket: WebSocket, session: Session) {
     transport.dec();
 }
 
-struct Served {
-    socket: WebSocket,
+struct Served<S> {
+    socket: WebSocketStream<S>,
     session: Session,
     slow_after: Duration,
     blocked_since: Option<Instant>,
@@ -75,7 +81,7 @@ struct Served {
     dirty: bool,
 }
 
-impl Served {
+impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     /// True: the client was too slow.
     async fn run(mut self) -> bool {
         std::future::poll_fn(|task| self.poll(task)).await;
@@ -116,7 +122,7 @@ impl Served {
                 Poll::Pending => return false,
                 Poll::Ready(None) => return true,
                 Poll::Ready(Some(Err(error))) => {
-                    if !self.fault(error) {
+                    if !self.fault(&error) {
                         return true;
                     }
                     return false;
@@ -135,6 +141,8 @@ impl Served {
                         Message::Ping(_) | Message::Pong(_) => self.session.control(),
                         // The library answers it; the stream ends once that is out.
                         Message::Close(_) => self.session.close(CloseCode::Normal),
+                        // Only ever written.
+                        Message::Frame(_) => {}
                     }
                 }
             }
@@ -145,14 +153,17 @@ impl Served {
     }
 
     /// False: nothing more can be said on this connection.
-    fn fault(&mut self, error: axum::Error) -> bool {
-        let inner = error.into_inner();
-        let (code, what) = match inner.downcast_ref::<WireFault>() {
-            Some(WireFault::Capacity(CapacityError::MessageTooLong { .. })) => {
-                (CloseCode::TooLarge, "the message is larger than limits.message_bytes")
+    fn fault(&mut self, error: &WireFault) -> bool {
+        let (code, what) = match error {
+            WireFault::Capacity(CapacityError::MessageTooLong { .. }) => {
+                (CloseCode::TooLarge, "the message is larger than limits.message_bytes".to_owned())
             }
-            Some(WireFault::Utf8(_)) => (CloseCode::NotUtf8, "the text is not UTF-8"),
-            Some(WireFault::Protocol(_)) => (CloseCode::Protocol, "these bytes are not WebSocket"),
+            WireFault::Utf8(_) => (CloseCode::NotUtf8, "the text is not UTF-8".to_owned()),
+            WireFault::Protocol(fault) => (CloseCode::Protocol, format!("these bytes are not WebSocket: {fault}")),
+            WireFault::Io(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<HeadFault>()) {
+                Some(fault) => (CloseCode::Protocol, format!("these bytes are not WebSocket: {fault}")),
+                None => return false,
+            },
             _ => return false,
         };
         let kind = if code == CloseCode::TooLarge { ErrorCode::TooLarge } else { ErrorCode::BadMessage };
@@ -251,13 +262,15 @@ fn message(emit: Emit) -> Message {
             // Composed from texts that were checked when they came in.
             Err(_) => close_frame(CloseCode::Internal),
         },
-        Emit::Ping => Message::Ping(axum::body::Bytes::new()),
+        Emit::Ping => Message::Ping(Bytes::new()),
         Emit::Close(code) => close_frame(code),
     }
 }
 
-fn close_frame(code: CloseCode) -> Message {
-    Message::Close(Some(CloseFrame { code: code.code(), reason: Utf8Bytes::from_static(code.reason()) }))
+/// The close frame of this code.
+#[must_use]
+pub fn close_frame(code: CloseCode) -> Message {
+    Message::Close(Some(CloseFrame { code: code.code().into(), reason: Utf8Bytes::from_static(code.reason()) }))
 }
 
 /// A message as it stands on the wire.

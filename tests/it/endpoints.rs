@@ -5,6 +5,7 @@ use tidewire::config::Settings;
 
 use crate::support::cluster::TestCluster;
 use crate::support::http::ask;
+use crate::support::raw::Raw;
 use crate::support::wire::Wire;
 
 async fn one(edit: impl Fn(&mut Settings)) -> TestCluster {
@@ -33,38 +34,9 @@ async fn only_a_version_that_nobody_speaks_is_closed_with_4406() {
         wire.expect("welcome").await;
     }
     // The library refuses an answer without the protocol that it offered, as the RFC says: so look at the bytes.
-    let upgrade = [
-        ("connection", "Upgrade"),
-        ("upgrade", "websocket"),
-        ("sec-websocket-version", "13"),
-        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
-        ("sec-websocket-protocol", "tidewire.v9.json"),
-    ];
-    let closed = raw_close_code(cluster.node(0).address(), &upgrade).await;
-    assert_eq!(closed, 4406);
-}
-
-/// Upgrades by hand and reads the first frame, which must be a close.
-async fn raw_close_code(address: std::net::SocketAddr, headers: &[(&str, &str)]) -> u16 {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let mut head = format!("GET /v1/ws HTTP/1.1\r\nHost: {address}\r\n");
-    for (name, value) in headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
-    }
-    stream.write_all(format!("{head}\r\n").as_bytes()).await.unwrap();
-    let mut seen = Vec::new();
-    loop {
-        let mut piece = [0; 1024];
-        let length = crate::support::within("the close", stream.read(&mut piece)).await.unwrap();
-        seen.extend_from_slice(&piece[..length]);
-        let body = seen.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
-        // A close frame: 0x88, its length, the code in two bytes.
-        if let Some([0x88, _, high, low, ..]) = body.map(|at| &seen[at..]) {
-            return u16::from_be_bytes([*high, *low]);
-        }
-        assert!(length > 0, "the connection ended: {}", String::from_utf8_lossy(&seen));
-    }
+    let offered = [("sec-websocket-protocol", "tidewire.v9.json")];
+    let mut raw = Raw::connect(cluster.node(0).address(), "/v1/ws", &offered).await;
+    assert_eq!(raw.closed().await, 4406);
 }
 
 #[tokio::test]

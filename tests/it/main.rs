@@ -35,6 +35,7 @@ mod schema;
 mod shape;
 mod sse;
 mod starvation;
+mod strictness;
 mod support;
 mod tidy;
 mod tracking;

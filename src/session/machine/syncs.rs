@@ -25,12 +25,12 @@ impl Machine {
         // Postgres's xid8 is 64 bits; ids below 3 are its own.
         let Some(xid) = tx.parse::<u64>().ok().filter(|xid| *xid >= 3 && *xid <= i64::MAX.cast_unsigned()) else {
             let what = "sync's tx is the decimal text of pg_current_xact_id()";
-            self.error(None, WireError::never(ErrorCode::BadMessage, what));
+            self.sync_error(tx, WireError::never(ErrorCode::BadMessage, what));
             return;
         };
         if self.syncs.len() >= MAX_SYNCS {
             let what = format!("at most {MAX_SYNCS} syncs wait at once");
-            self.error(None, WireError::backoff(ErrorCode::RateLimited, what, 100));
+            self.sync_error(tx, WireError::backoff(ErrorCode::RateLimited, what, 100));
             return;
         }
         let until = now + timeout_ms.map_or(MAX_SYNC, Duration::from_millis).min(MAX_SYNC);
@@ -51,8 +51,8 @@ impl Machine {
     pub fn sync_failed(&mut self, serial: u64, error: WireError) {
         // It may have been given up already, when its time was over.
         if let Some(index) = self.syncs.iter().position(|sync| sync.serial == serial) {
-            self.syncs.remove(index);
-            self.error(None, error);
+            let sync = self.syncs.remove(index);
+            self.sync_error(sync.tx, error);
         }
     }
 

@@ -6,6 +6,7 @@ pub(crate) mod container;
 pub(crate) mod http;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod raw;
 pub(crate) mod wire;
 
 use std::future::Future;
