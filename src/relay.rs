@@ -251,7 +251,7 @@ impl Leader<'_> {
         let batch = announce::Batch { events: claim.events.clone() };
         // Full: the nodes find the gap by the next chunk or heartbeat and read the log.
         let _ = self.announce.send_timeout(batch, ANNOUNCE_PATIENCE).await;
-        metrics.feed_backlog_batches.set(gauge(ANNOUNCE_QUEUE - self.announce.capacity()));
+        metrics.feed_backlog_batches.set(gauge(self.announce.max_capacity() - self.announce.capacity()));
         self.ensure_partition().await
     }
 

@@ -16,7 +16,7 @@ use crate::event::Event;
 use crate::failpoint;
 use crate::feed::chunk::ChunkError;
 use crate::feed::seal::Sealer;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{Metrics, gauge};
 
 /// The feed's channel.
 pub(crate) const FEED_CHANNEL: &str = "tidewire_feed";
@@ -84,6 +84,8 @@ impl Announcer {
         {
             batches.push(more);
         }
+        // Also when it shrinks: the sender looks only when it adds.
+        self.metrics.feed_backlog_batches.set(gauge(self.batches.len()));
         let (mut channels, mut payloads) = (Vec::new(), Vec::new());
         for Batch { events } in &batches {
             let (Some(first), Some(last)) = (events.first(), events.last()) else { continue };

@@ -129,6 +129,23 @@ fn every_alert_has_its_page_in_the_runbook() {
     }
 }
 
+/// A metric says nothing about a node that is gone; only the scrape does.
+#[test]
+fn a_node_that_is_down_raises_an_alert() {
+    let alerts = read("deploy/prometheus/alerts.yml");
+    assert!(read("deploy/prometheus/prometheus.yml").contains("job_name: tidewire"));
+    for expression in ["up{job=\"tidewire\"} == 0", "absent(up{job=\"tidewire\"} == 1)"] {
+        assert!(alerts.contains(&format!("expr: {expression}\n")), "{expression}");
+    }
+}
+
+#[test]
+fn promtool_takes_the_alerts() {
+    let mut command = Command::new("promtool");
+    command.args(["check", "rules"]).arg(root().join("deploy/prometheus/alerts.yml"));
+    if_there("promtool", &mut command);
+}
+
 #[test]
 fn the_image_copies_everything_that_cargo_needs_to_see() {
     let folder = tempfile::tempdir().unwrap();
