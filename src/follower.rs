@@ -121,6 +121,8 @@ pub struct Follower {
     heard: Instant,
     // The last silence that Postgres was asked in.
     asked: Instant,
+    /// Since when LISTEN is not in force, after it was.
+    lost_at: Option<Instant>,
 }
 
 /// What the loop wakes up for.
@@ -165,6 +167,7 @@ impl Follower {
             retry: Backoff::new(RETRY_BASE, RETRY_CAP),
             heard: Instant::now(),
             asked: Instant::now(),
+            lost_at: None,
         };
         (follower, handle, changed_keys)
     }
@@ -242,9 +245,19 @@ impl Follower {
         asks.then_some("quiet")
     }
 
-    fn set_listening(&self, listening: bool) {
+    fn set_listening(&mut self, listening: bool) {
         let before = self.state.listening.swap(listening, Ordering::AcqRel);
         if before != listening {
+            match (listening, self.lost_at) {
+                (false, _) => {
+                    self.lost_at = Some(Instant::now());
+                    tracing::warn!("Postgres is lost: changes wait in it until it is reached again");
+                }
+                (true, Some(lost_at)) => {
+                    tracing::info!(away_ms = lost_at.elapsed().as_millis(), "Postgres is back");
+                }
+                (true, None) => {}
+            }
             self.wakeups.set_listening(listening);
             self.metrics.postgres_up.set(i64::from(listening));
         }

@@ -11,6 +11,7 @@
 pub mod identity;
 pub mod listen;
 pub mod migrate;
+mod refusal;
 pub mod registry;
 pub mod rounds;
 pub mod settings;
@@ -47,9 +48,12 @@ pub enum ConnectError {
     /// Not a URL that names a Postgres.
     #[error("{0}")]
     Url(#[from] url::UrlError),
-    /// No host answered.
-    #[error("no Postgres reached: {0}")]
-    Unreachable(#[source] sqlx::Error),
+    /// No host answered, or none that will not soon.
+    #[error("no Postgres reached: {}", refusal::shown(.0))]
+    Unreachable(sqlx::Error),
+    /// A Postgres answered and does not let this role into this database: only somebody who changes a setting helps.
+    #[error("Postgres refuses the connection: {}", refusal::shown(.0))]
+    Refused(sqlx::Error),
     /// Every host that answered is a standby.
     #[error("every host in database_url is in recovery (a standby); the primary must be among them")]
     OnlyStandbys,
@@ -71,6 +75,24 @@ pub enum ConnectError {
         "database_url goes through a transaction pooler ({0}); LISTEN and session locks need a direct connection: give the pooler's URL as --pooled-url and the server's own as --database-url"
     )]
     Pooler(&'static str),
+}
+
+impl ConnectError {
+    /// Whether waiting cannot help: somebody has to change the configuration or the server.
+    #[must_use]
+    pub const fn is_final(&self) -> bool {
+        matches!(self, Self::Url(_) | Self::TooOld(_) | Self::Pooler(_) | Self::Refused(_))
+    }
+
+    /// Of two hosts' failures the one that counts: as long as one host may come back, waiting can help.
+    fn or(self, other: Self) -> Self {
+        match (&self, &other) {
+            // What no host has said yet.
+            (Self::OnlyStandbys, _) => other,
+            (Self::Refused(_), Self::Unreachable(_)) => other,
+            _ => self,
+        }
+    }
 }
 
 /// The node's way to its database.
@@ -159,6 +181,7 @@ impl Database {
             .collect();
         let mut best: Option<(PgConnection, Incarnation, &PgConnectOptions)> = None;
         let mut failure = ConnectError::OnlyStandbys;
+        let mut standby = false;
         let mut patience = std::pin::pin!(tokio::time::sleep(CONNECT_TIMEOUT * 2));
         loop {
             let next = tokio::select! {
@@ -181,12 +204,16 @@ impl Database {
                         patience.as_mut().reset(tokio::time::Instant::now() + others);
                     }
                 }
-                Ok(Ok((_, None))) => {}
-                Ok(Err(error)) => failure = ConnectError::Unreachable(error),
-                Err(_) => failure = ConnectError::Unreachable(timed_out()),
+                Ok(Ok((_, None))) => standby = true,
+                Ok(Err(error)) => failure = failure.or(refusal::judged(error)),
+                Err(_) => failure = failure.or(ConnectError::Unreachable(timed_out())),
             }
         }
-        let Some((connection, found, options)) = best else { return Err(failure) };
+        let Some((connection, found, options)) = best else {
+            // A standby may be promoted, whatever another host says.
+            let waits = standby && failure.is_final();
+            return Err(if waits { ConnectError::OnlyStandbys } else { failure });
+        };
         if observe {
             self.identity.observe(&found)?;
         }
@@ -230,7 +257,7 @@ impl Database {
             .acquire_timeout(CONNECT_TIMEOUT)
             .connect_with(options)
             .await
-            .map_err(ConnectError::Unreachable)
+            .map_err(refusal::judged)
     }
 
     /// Refuses a server that is too old and a transaction pooler on the direct URL.

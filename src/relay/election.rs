@@ -21,6 +21,7 @@ use crate::log::append::{Interner, Position};
 use crate::log::incarnation::{Candidate, Term, begin_term, end_former_terms, end_term};
 use crate::postgres::{Incarnation, settings};
 use crate::schema::watch::watch;
+use crate::telemetry::repeats::Repeats;
 
 /// Mean wait between two tries of the lock; jittered by half.
 const CANDIDACY_INTERVAL: Duration = Duration::from_millis(100);
@@ -32,11 +33,14 @@ const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Runs for leader until the soft stop.
 pub async fn run(relay: Relay, lifecycle: Lifecycle) {
     let stop = lifecycle.soft().clone();
+    let failures = Repeats::default();
     while !stop.is_cancelled() {
         match candidacy(&relay, &lifecycle).await {
             Ok(()) | Err(TermEnd::Resigned) => {}
             Err(error) => {
-                tracing::warn!(%error, "not leading; trying again");
+                if let Some(repeated) = failures.happened(Instant::now()) {
+                    tracing::warn!(%error, repeated, "not leading; trying again");
+                }
                 tokio::select! {
                     () = tokio::time::sleep(CONNECT_RETRY.mul_f64(rand::random_range(0.5..1.5))) => {}
                     () = stop.cancelled() => {}

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
+use std::io::IsTerminal as _;
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig as _;
@@ -101,7 +102,7 @@ impl Drop for Telemetry {
 /// When the filter or the endpoint is malformed, or logging was already set up.
 pub fn init(filter: &str, json: bool, otlp_endpoint: Option<&str>, node: &str) -> anyhow::Result<Telemetry> {
     let filter = EnvFilter::try_new(filter)?;
-    let text = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let text = tracing_subscriber::fmt::layer().with_ansi(colours()).with_writer(std::io::stderr);
     let logs: Box<dyn Layer<Registry> + Send + Sync> = if json {
         Box::new(text.json().flatten_event(true).with_filter(filter))
     } else {
@@ -115,6 +116,12 @@ pub fn init(filter: &str, json: bool, otlp_endpoint: Option<&str>, node: &str) -
     let notices = NoticeLayer.with_filter(tracing_subscriber::filter::filter_fn(|meta| meta.target() == NOTICE_TARGET));
     tracing_subscriber::registry().with(logs).with(traces).with(notices).try_init()?;
     Ok(Telemetry(provider))
+}
+
+/// Only for people: a file or a pipe gets plain text, and so does a terminal where `NO_COLOR` is set (<https://no-color.org>).
+#[expect(clippy::disallowed_methods, reason = "NO_COLOR is no setting of ours: every program reads it by itself")]
+fn colours() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn exporter(endpoint: &str, node: &str) -> anyhow::Result<SdkTracerProvider> {

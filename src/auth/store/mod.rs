@@ -36,6 +36,7 @@ pub use self::rows::{
 use crate::auth::key::{ApiKey, KeyHash, KeyId};
 use crate::postgres::Database;
 use crate::protocol::close::CloseCode;
+use crate::telemetry::repeats::Repeats;
 
 /// How long a key's row is believed without being read again.
 pub const KEY_CACHE_TTL: Duration = Duration::from_mins(5);
@@ -127,6 +128,8 @@ pub struct KeyStore {
     lookups: Semaphore,
     uses: Mutex<HashMap<KeyId, DateTime<Utc>>>,
     counters: Counters,
+    /// For the log.
+    repeats: Repeats,
 }
 
 #[derive(Debug, Default)]
@@ -151,6 +154,7 @@ impl KeyStore {
             lookups: Semaphore::new(MAX_LOOKUPS),
             uses: Mutex::default(),
             counters: Counters::default(),
+            repeats: Repeats::default(),
         }
     }
 
@@ -377,7 +381,9 @@ impl KeyStore {
             Err(_) => &"no answer in time",
         };
         self.counters.failures.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(error = %failed, "API keys cannot be read or written");
+        if let Some(repeated) = self.repeats.happened(std::time::Instant::now()) {
+            tracing::warn!(error = %failed, repeated, "API keys cannot be read or written");
+        }
         Err(AuthError::Unavailable)
     }
 
