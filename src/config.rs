@@ -44,7 +44,8 @@ settings! {
     /// Address to listen on [default: 0.0.0.0:8080]
     listen: SocketAddr, "TIDEWIRE_LISTEN";
     /// Where clients reach this node, for `status` [default: from listen]
-    url: String, "TIDEWIRE_URL";
+    #[serde(alias = "url")] #[arg(alias = "url")]
+    advertise_url: String, "TIDEWIRE_ADVERTISE_URL";
     /// Pooled connections to Postgres for what clients ask, beside eight of the node's own [default: 5]
     pool_size: u32, "TIDEWIRE_POOL_SIZE";
     /// Whether to migrate the database at the start [default: true]
@@ -142,6 +143,17 @@ impl Settings {
     pub fn from_file(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+
+    /// The configuration file and what it holds: the one given, else `tidewire.toml` where the command was started, if
+    /// there is one.
+    ///
+    /// # Errors
+    /// As [`Settings::from_file`].
+    pub fn of_file(given: Option<&Path>) -> anyhow::Result<Option<(PathBuf, Self)>> {
+        let Some(path) = given.map(Path::to_path_buf).or_else(default_file) else { return Ok(None) };
+        let settings = Self::from_file(&path)?;
+        Ok(Some((path, settings)))
     }
 
     /// Completes and checks.
@@ -309,8 +321,7 @@ fn host_name() -> String {
 }
 
 /// Where the configuration file is, when the command line does not say.
-#[must_use]
-pub fn default_file() -> Option<PathBuf> {
+fn default_file() -> Option<PathBuf> {
     let path = PathBuf::from("tidewire.toml");
     path.is_file().then_some(path)
 }
@@ -331,6 +342,15 @@ mod tests {
         assert_eq!(config.settings.relay_batch, Some(20));
         assert_eq!(config.settings.lease_ms, Some(3_000));
         assert_eq!(config.settings.park_after_ms, Some(150));
+    }
+
+    /// Its name was that of the address which `tail` connects to.
+    #[test]
+    fn a_nodes_own_address_is_read_by_its_former_name_too() {
+        for text in ["advertise_url = 'http://n1:8080'", "url = 'http://n1:8080'"] {
+            let settings: Settings = toml::from_str(text).unwrap();
+            assert_eq!(settings.advertise_url.as_deref(), Some("http://n1:8080"), "{text}");
+        }
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("tidewire: {error:#}");
+            eprintln!("tidewire: {}", tidewire::telemetry::cause::told(&error));
             ExitCode::FAILURE
         }
     }
@@ -77,7 +77,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Dev(options) => dev::run(options).await,
         Command::Serve(args) => cli::serve::run(*args).await,
         Command::Tail(args) => cli::tail::run(*args).await,
-        Command::Keys(KeysCommand { database, keys }) => cli::keys::run(keys, &database.pool().await?).await,
+        Command::Keys(KeysCommand { database, keys }) => {
+            let pool = database.pool(cli::connect::Reader::of(keys.json)).await?;
+            cli::keys::run(keys, &pool).await
+        }
         Command::Migrate(args) => cli::migrate::run(args).await,
         Command::Track(args) => cli::track::run(args).await,
         Command::Untrack(args) => cli::track::run_untrack(args).await,

@@ -34,7 +34,8 @@ use crate::schema::Registry;
 use crate::session::start::LogEnd;
 use crate::session::sync::Syncs;
 use crate::session::{Context, Drain, SessionOptions};
-use crate::telemetry::metrics::{Metrics, gauge};
+use crate::telemetry::cause::told;
+use crate::telemetry::metrics::Metrics;
 
 /// Connections that wait to be accepted: a storm of clients comes within a second, and whoever finds no room tries again
 /// only after one. The kernel's `net.core.somaxconn` (4096 on Linux) bounds it as well.
@@ -102,7 +103,7 @@ impl Node {
         let (booted, settings) = (Arc::clone(&context), config.clone());
         lifecycle.spawn("boot", async move {
             if let Err(error) = boot(&booted, &settings, tasks).await {
-                let _ = fatality.send(Some(format!("{error:#}")));
+                let _ = fatality.send(Some(told(&error)));
             }
             // Kept until the end: a closed channel would look like an end.
             booted.lifecycle.hard().cancelled().await;
@@ -215,7 +216,7 @@ fn build(
     let identity = NodeIdentity {
         node: config.node.clone(),
         instance: Uuid::new_v4(),
-        url: Some(settings.url.clone().unwrap_or_else(|| format!("http://{address}"))),
+        url: Some(settings.advertise_url.clone().unwrap_or_else(|| format!("http://{address}"))),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     let reported: Arc<std::sync::OnceLock<std::sync::Weak<Context>>> = Arc::default();
@@ -308,15 +309,15 @@ fn report(context: Option<&Context>) -> NodeReport {
 /// Reaches and migrates the database, then starts what needs it. An error is final.
 async fn boot(context: &Arc<Context>, config: &Config, tasks: Tasks) -> anyhow::Result<()> {
     let stop = context.lifecycle.soft().clone();
-    let mut told = false;
+    let mut is_told = false;
     loop {
         let error = match prepare(context, config).await {
             Ok(()) => break,
             Err(error) if is_final(&error) => return Err(error),
             Err(error) => error,
         };
-        if !std::mem::replace(&mut told, true) {
-            tracing::warn!(error = format!("{error:#}"), "waiting for Postgres");
+        if !std::mem::replace(&mut is_told, true) {
+            tracing::warn!(error = told(&error), "waiting for Postgres");
         }
         tokio::select! {
             () = tokio::time::sleep(BOOT_RETRY) => {}
@@ -361,7 +362,7 @@ async fn prepare(context: &Context, config: &Config) -> anyhow::Result<()> {
 /// Whether waiting cannot help.
 fn is_final(error: &anyhow::Error) -> bool {
     if let Some(error) = error.downcast_ref::<ConnectError>() {
-        return matches!(error, ConnectError::Url(_) | ConnectError::TooOld(_) | ConnectError::Pooler(_));
+        return error.is_final();
     }
     match error.downcast_ref::<MigrationError>() {
         Some(error) => !error.is_transient(),
@@ -404,6 +405,5 @@ async fn watch_staleness(
             drain.send_replace(None);
         }
         context.metrics.ready.set(i64::from(http::health::unready(&context).is_none()));
-        context.metrics.connections.with_label_values(&["all"]).set(gauge(context.connections.load(Ordering::Relaxed)));
     }
 }

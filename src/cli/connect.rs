@@ -1,11 +1,15 @@
 //! The database that a command works on.
 
+use std::io::Write as _;
+use std::path::PathBuf;
+
 use sqlx::PgPool;
 use tracing::Level;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::dev;
+use crate::config::Settings;
+use crate::dev::{self, ClusterName};
 use crate::postgres::Database;
 use crate::telemetry::tracing::{NoticeLayer, with_notices};
 
@@ -15,16 +19,47 @@ const POOL_SIZE: u32 = 2;
 /// Which database
 #[derive(Clone, clap::Args)]
 pub struct DatabaseArgs {
-    /// Postgres URL [default: that of a running `tidewire dev`]
-    #[arg(long, env = "TIDEWIRE_DATABASE_URL", hide_env_values = true)]
+    /// Postgres URL [default: that of the configuration file, else that of the `tidewire dev` that runs]
+    #[arg(long, global = true, env = "TIDEWIRE_DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
+    /// The database of the `tidewire dev` of this name, whatever else is set
+    #[arg(long, global = true, value_name = "NAME")]
+    pub dev: Option<ClusterName>,
+    /// TOML file with `database_url`, as of `tidewire serve` [default: tidewire.toml where you are, if there is one]
+    #[arg(long, global = true, env = "TIDEWIRE_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 // The URL may hold a password.
 impl std::fmt::Debug for DatabaseArgs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let shown = self.database_url.as_deref().map(crate::config::without_password);
-        f.debug_struct("DatabaseArgs").field("database_url", &shown).finish()
+        f.debug_struct("DatabaseArgs").field("database_url", &shown).field("dev", &self.dev).finish_non_exhaustive()
+    }
+}
+
+/// Who reads what a command prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Somebody at a terminal, who is told on standard error which cluster a command speaks to.
+    Person,
+    /// A script, which gets JSON and nothing beside it.
+    Program,
+}
+
+impl Reader {
+    /// By the flag `--json`.
+    #[must_use]
+    pub const fn of(json: bool) -> Self {
+        if json { Self::Program } else { Self::Person }
+    }
+}
+
+/// Tells a person which cluster the command speaks to.
+pub(super) fn say_target(reader: Reader, target: &str) {
+    if reader == Reader::Person {
+        // A closed standard error is no reason to stop.
+        let _ = writeln!(std::io::stderr(), "── {target}");
     }
 }
 
@@ -32,26 +67,41 @@ impl DatabaseArgs {
     /// The database that was named, without a connection yet.
     ///
     /// # Errors
-    /// When none is named, with what to do.
-    pub fn named(&self) -> anyhow::Result<Database> {
-        let url = match &self.database_url {
-            Some(url) => url.clone(),
-            None => match dev::running() {
-                Some(running) => running.database_url,
-                None => anyhow::bail!(
-                    "no database named: give --database-url or TIDEWIRE_DATABASE_URL, or start `tidewire dev`"
-                ),
-            },
-        };
-        Ok(Database::new(&url, None, "cli", POOL_SIZE)?)
+    /// When none is named, or several may be meant, with what to do.
+    pub fn named(&self, reader: Reader) -> anyhow::Result<Database> {
+        let (url, origin) = self.url()?;
+        let database = Database::new(&url, None, "cli", POOL_SIZE)?;
+        say_target(reader, &format!("{origin}: {}", crate::config::without_password(&url)));
+        Ok(database)
+    }
+
+    /// The URL, and where it is from.
+    fn url(&self) -> anyhow::Result<(String, String)> {
+        if self.dev.is_none() {
+            if let Some(url) = &self.database_url {
+                return Ok((url.clone(), "database".to_owned()));
+            }
+            if let Some((path, settings)) = Settings::of_file(self.config.as_deref())?
+                && let Some(url) = settings.database_url
+            {
+                return Ok((url, format!("database of {}", path.display())));
+            }
+        }
+        match dev::choose(self.dev.as_ref())? {
+            Some(running) => Ok((running.database_url, format!("database of `tidewire dev` {}", running.name))),
+            None => anyhow::bail!(
+                "no database named: give --database-url or TIDEWIRE_DATABASE_URL, write database_url into tidewire.toml, or \
+                 start `tidewire dev`"
+            ),
+        }
     }
 
     /// Connects to the primary.
     ///
     /// # Errors
     /// When no database is named or none is reached, with what to do.
-    pub async fn database(&self) -> anyhow::Result<Database> {
-        let database = self.named()?;
+    pub async fn database(&self, reader: Reader) -> anyhow::Result<Database> {
+        let database = self.named(reader)?;
         database.renew().await?;
         Ok(database)
     }
@@ -60,8 +110,8 @@ impl DatabaseArgs {
     ///
     /// # Errors
     /// As [`DatabaseArgs::database`].
-    pub async fn pool(&self) -> anyhow::Result<PgPool> {
-        Ok(self.database().await?.pool())
+    pub async fn pool(&self, reader: Reader) -> anyhow::Result<PgPool> {
+        Ok(self.database(reader).await?.pool())
     }
 }
 
@@ -72,16 +122,75 @@ pub async fn heard<F: Future>(work: F) -> (F::Output, Vec<(Level, String)>) {
     with_notices(work).await
 }
 
-/// What Postgres said, with its hint.
-#[must_use]
-pub fn explained(error: sqlx::Error) -> anyhow::Error {
+/// What Postgres said, with its hint; where a right is missing, with the statement that gives it.
+pub async fn explained(pool: &PgPool, error: sqlx::Error) -> anyhow::Error {
     let sqlx::Error::Database(database) = &error else { return error.into() };
     let Some(postgres) = database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() else { return error.into() };
+    let message = postgres.message();
     match (postgres.code(), postgres.hint()) {
-        ("3F000" | "42883" | "42P01", _) if postgres.message().contains("tidewire") => {
-            anyhow::anyhow!("{}: run `tidewire migrate` first", postgres.message())
+        ("3F000" | "42883" | "42P01", _) if message.contains("tidewire") => {
+            anyhow::anyhow!("{message}: run `tidewire migrate` first")
         }
-        (_, Some(hint)) => anyhow::anyhow!("{}. {hint}", postgres.message()),
-        (_, None) => anyhow::anyhow!("{}", postgres.message()),
+        (_, Some(hint)) => anyhow::anyhow!("{message}. {hint}"),
+        (INSUFFICIENT_PRIVILEGE, None) => match missing_right(pool, message).await {
+            Ok(remedy) => anyhow::anyhow!("{message}. {remedy}"),
+            // What Postgres said is still true.
+            Err(_) => anyhow::anyhow!("{message}"),
+        },
+        (_, None) => anyhow::anyhow!("{message}"),
+    }
+}
+
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+
+/// Which statement gives the right that `message` says is missing. Asks catalogs only, which every role may read.
+async fn missing_right(pool: &PgPool, message: &str) -> Result<String, sqlx::Error> {
+    let (role, owner, is_owner, may_use): (String, Option<String>, bool, bool) = sqlx::query_as(
+        "SELECT quote_ident(current_user), quote_ident(pg_get_userbyid(relation.relowner)),
+                coalesce(pg_has_role(relation.relowner, 'USAGE'), false),
+                coalesce(has_schema_privilege(schema.oid, 'USAGE'), false)
+         FROM (SELECT 1) AS one
+         LEFT JOIN pg_catalog.pg_namespace schema ON schema.nspname = 'tidewire'
+         LEFT JOIN pg_catalog.pg_class relation ON relation.relnamespace = schema.oid AND relation.relname = 'outbox'",
+    )
+    .fetch_one(pool)
+    .await?;
+    let owner = owner.unwrap_or_else(|| "tidewire_owner".to_owned());
+    Ok(remedy(message, &role, &owner, is_owner, may_use))
+}
+
+fn remedy(message: &str, role: &str, owner: &str, is_owner: bool, may_use: bool) -> String {
+    if let Some(table) = message.strip_prefix("must be owner of ") {
+        return format!(
+            "A table is tracked by its owner: run this as the owner of {table}, or have a superuser run: GRANT <that owner> TO {role};"
+        );
+    }
+    if is_owner {
+        return format!("Have the owner of what is named here grant the right to {role}");
+    }
+    if message.contains("function track")
+        || message.contains("function untrack")
+        || (!may_use && message.contains("schema"))
+    {
+        return format!(
+            "To track its own tables, {role} needs, from a member of {owner}: SELECT tidewire.grant_tracking('{}'); to \
+             administer or run nodes: GRANT {owner} TO {role}; to write events with tidewire.emit(): GRANT tidewire_app TO {role};",
+            role.replace('\'', "''")
+        );
+    }
+    format!("A superuser or a member of {owner} can run: GRANT {owner} TO {role};")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_right_comes_with_the_statement_that_gives_it() {
+        let of = |message| remedy(message, "app", "tidewire_owner", false, false);
+        assert!(of("permission denied for schema tidewire").contains("GRANT tidewire_app TO app;"));
+        assert!(of("permission denied for function track").contains("SELECT tidewire.grant_tracking('app');"));
+        assert!(of("permission denied for table api_keys").ends_with("GRANT tidewire_owner TO app;"));
+        assert!(of("must be owner of table orders").contains("as the owner of table orders"));
     }
 }

@@ -12,8 +12,9 @@ use std::fmt::Write as _;
 use anyhow::bail;
 use sqlx::PgPool;
 
-use crate::cli::connect::DatabaseArgs;
+use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
+use crate::dev::shell::pasteable;
 use crate::postgres::{ConnectError, Database};
 
 /// Check the database and say what to run
@@ -82,7 +83,7 @@ impl Finding {
 /// # Errors
 /// No database named, or something is wrong with it: a warning or a problem was found, Postgres out of reach included.
 pub async fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let findings = examine(&args.database.named()?).await;
+    let findings = examine(&args.database.named(Reader::of(args.json))?).await;
     if args.json {
         print_json(&findings)?;
     } else {
@@ -126,7 +127,7 @@ pub async fn examine(database: &Database) -> Vec<Finding> {
                 findings.extend(traffic::checks(pool).await);
             }
         }
-        Err(error) => findings.push(unasked("schema", &error)),
+        Err(error) => findings.push(Finding::problem("schema", explained(pool, error).await.to_string())),
     }
     findings
 }
@@ -137,7 +138,9 @@ fn or_unasked(check: &'static str, asked: Result<Vec<Finding>, sqlx::Error>) -> 
 }
 
 fn unasked(check: &'static str, error: &sqlx::Error) -> Finding {
-    Finding::warning(check, format!("could not be checked: {error}"))
+    // The server's own words, without where in its source it said them.
+    let said = error.as_database_error().map_or_else(|| error.to_string(), |answer| answer.message().to_owned());
+    Finding::warning(check, format!("could not be checked: {said}"))
 }
 
 /// Gives the rows of `sql`, which has no arguments.
@@ -157,7 +160,7 @@ fn shown(findings: &[Finding]) -> String {
         };
         let _ = writeln!(out, "{mark}  {:width$}  {}", finding.check, finding.what);
         for line in finding.run.iter().flat_map(|run| run.lines()) {
-            let _ = writeln!(out, "         {:width$}  run: {line}", "");
+            let _ = writeln!(out, "         {:width$}  run: {}", "", pasteable(line));
         }
     }
     out

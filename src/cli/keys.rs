@@ -14,7 +14,8 @@ use sqlx::PgPool;
 
 use crate::auth::key::{ApiKey, KeyId};
 use crate::auth::scope::{DEFAULT_MAX_CONNECTIONS, OpSet, Scopes, TableScope};
-use crate::auth::store::{self, KeyInfo, Revocation};
+use crate::auth::store::{self, CreateKeyError, KeyInfo, Revocation};
+use crate::cli::connect::explained;
 use crate::event::Operation;
 use crate::table_name::TablePattern;
 
@@ -35,7 +36,7 @@ pub struct KeysArgs {
     command: Command,
     /// Print JSON for machines
     #[arg(long, global = true)]
-    json: bool,
+    pub json: bool,
 }
 
 #[derive(Subcommand, Clone, Debug)]
@@ -103,11 +104,17 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
     match args.command {
         Command::Create(create) => self::create(&create, args.json, pool, &mut out).await?,
         Command::List => {
-            let keys = store::list(pool).await.context("the keys could not be read")?;
+            let keys = match store::list(pool).await {
+                Ok(keys) => keys,
+                Err(error) => return Err(explained(pool, error).await.context("the keys could not be read")),
+            };
             show_list(&keys, args.json, Utc::now(), &mut out)?;
         }
         Command::Revoke { key_id } => {
-            let revocation = store::revoke(pool, &key_id).await.context("the key could not be revoked")?;
+            let revocation = match store::revoke(pool, &key_id).await {
+                Ok(revocation) => revocation,
+                Err(error) => return Err(explained(pool, error).await.context("the key could not be revoked")),
+            };
             show_revocation(&key_id, revocation, args.json, &mut out)?;
         }
     }
@@ -119,7 +126,12 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
 async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write) -> anyhow::Result<()> {
     let scopes = create.scopes()?;
     let expires_at = create.expires_in.map(|life| Utc::now() + life.0);
-    let key = store::create_key(pool, &create.name, &scopes, expires_at).await?;
+    let key = match store::create_key(pool, &create.name, &scopes, expires_at).await {
+        Err(CreateKeyError::Database(error)) => {
+            return Err(explained(pool, error).await.context("the key could not be stored"));
+        }
+        key => key?,
+    };
     show_created(&key, &create.name, &scopes, expires_at, json, out)
 }
 

@@ -1,6 +1,6 @@
 //! `tidewire migrate`: brings the database's schema to the version of this program.
 
-use crate::cli::connect::{DatabaseArgs, heard};
+use crate::cli::connect::{DatabaseArgs, Reader, heard};
 use crate::cli::{print, print_json};
 use crate::postgres::migrate::migrate;
 
@@ -24,7 +24,7 @@ pub struct MigrateArgs {
 /// # Errors
 /// No database, or one that refuses; with the grant to run where one is missing.
 pub async fn run(args: MigrateArgs) -> anyhow::Result<()> {
-    let pool = args.database.pool().await?;
+    let pool = args.database.pool(Reader::of(args.json)).await?;
     let (outcome, notices) = heard(migrate(&pool.connect_options())).await;
     let outcome = outcome?;
     // What a migration had to leave out begins so; what else a server says is about objects that exist already.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use tokio::io::AsyncReadExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{Settings, default_file};
+use crate::config::Settings;
 use crate::node::Node;
 use crate::telemetry;
 
@@ -34,11 +34,8 @@ pub struct ServeArgs {
 /// # Errors
 /// A configuration that is not valid, a port in use, a database that can never serve.
 pub async fn run(args: ServeArgs) -> anyhow::Result<()> {
-    let file = match args.config.or_else(default_file) {
-        Some(path) => Settings::from_file(&path)?,
-        None => Settings::default(),
-    };
-    let config = args.settings.or(file).resolve()?;
+    let file = Settings::of_file(args.config.as_deref())?.map(|(_, settings)| settings);
+    let config = args.settings.or(file.unwrap_or_default()).resolve()?;
     if args.print_config {
         print!("{}", config.shown());
         return Ok(());

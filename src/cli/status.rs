@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use chrono::{DateTime, Utc};
 use sqlx::PgPool;
 
-use crate::cli::connect::{DatabaseArgs, explained};
+use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
 use crate::postgres::registry::{self, NodeInfo};
 use crate::relay::{LEADER_LOCK, PARK_LOCK};
@@ -94,7 +94,11 @@ from_row!(Outbox { events, lag_ms });
 /// No database, or one without Tidewire's schema.
 #[expect(clippy::disallowed_methods, reason = "the edge: ages are shown by the clock on the wall")]
 pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
-    let status = read(&args.database.pool().await?).await.map_err(explained)?;
+    let pool = args.database.pool(Reader::of(args.json)).await?;
+    let status = match read(&pool).await {
+        Ok(status) => status,
+        Err(error) => return Err(explained(&pool, error).await),
+    };
     if args.json { print_json(&status) } else { print(&shown(&status, Utc::now())) }
 }
 

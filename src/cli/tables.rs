@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use sqlx::PgPool;
 
-use crate::cli::connect::{DatabaseArgs, explained};
+use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
 
 /// List the tracked tables with their options and health
@@ -49,7 +49,11 @@ from_row!(TrackedTable { table, key, columns, except, before_image, channel, bul
 /// # Errors
 /// No database, or one without Tidewire's schema.
 pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
-    let tables = tracked_tables(&args.database.pool().await?).await.map_err(explained)?;
+    let pool = args.database.pool(Reader::of(args.json)).await?;
+    let tables = match tracked_tables(&pool).await {
+        Ok(tables) => tables,
+        Err(error) => return Err(explained(&pool, error).await),
+    };
     if args.json { print_json(&tables) } else { print(&shown(&tables)) }
 }
 

@@ -6,6 +6,7 @@
 mod line;
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -14,10 +15,13 @@ use clap::Args;
 use serde_json::value::RawValue;
 
 use self::line::{Paint, event_line, news};
+use crate::cli::connect::{Reader, say_target};
 use crate::client::{
     Client, ClientError, ConnectOptions, Frame, Frames, Item, Resumed, Source, Start, SubscribeOptions,
 };
-use crate::dev;
+use crate::cursor::Cursor;
+use crate::dev::shell::{program, quoted};
+use crate::dev::{self, ClusterName};
 
 /// Show changes as they happen.
 ///
@@ -50,14 +54,20 @@ pub struct TailArgs {
     /// that you run.
     #[arg(long, env = "TIDEWIRE_URL", value_delimiter = ',')]
     url: Vec<String>,
+    /// The `tidewire dev` of this name, whatever else is set.
+    #[arg(long, value_name = "NAME")]
+    dev: Option<ClusterName>,
     /// API key. Without it and without --url: that of the `tidewire dev` that you run.
     #[arg(long, env = "TIDEWIRE_KEY", hide_env_values = true)]
     key: Option<String>,
-    /// Attempts to connect in a row before giving up.
-    #[arg(long, default_value_t = crate::client::DEFAULT_ATTEMPTS)]
-    attempts: u32,
-    /// End after this many events.
-    #[arg(long, value_name = "N")]
+    /// A file with the API key, which does not stand in the list of processes then.
+    #[arg(long, value_name = "FILE", conflicts_with = "key")]
+    key_file: Option<PathBuf>,
+    /// Attempts to connect in a row before giving up [default: 4 at first, 20 after a loss].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    attempts: Option<u32>,
+    /// End after this many events; what is printed last says how to go on.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     /// One JSON object a line: the event as the server sent it.
     #[arg(long)]
@@ -68,19 +78,26 @@ pub struct TailArgs {
 }
 
 impl TailArgs {
-    fn connect_options(&self) -> anyhow::Result<ConnectOptions> {
-        let (urls, key) = if self.url.is_empty() {
-            let dev = dev::running().context("no address: give --url or TIDEWIRE_URL, or start `tidewire dev`")?;
-            (vec![dev.load_balancer], self.key.clone().unwrap_or(dev.api_key))
-        } else {
+    /// Where to connect, and how a continuation names that.
+    fn target(&self) -> anyhow::Result<Target> {
+        let key = self.given_key()?;
+        if self.dev.is_none() && !self.url.is_empty() {
             let key =
-                self.key.clone().context("no API key: give --key or TIDEWIRE_KEY; `tidewire keys create` makes one")?;
-            (self.url.clone(), key)
-        };
-        let mut urls = urls.into_iter();
-        let first = urls.next().context("no address: give --url")?;
-        let options = urls.fold(ConnectOptions::new(first), ConnectOptions::or).attempts(self.attempts);
-        Ok(options.key(key))
+                key.context("no API key: give --key, --key-file or TIDEWIRE_KEY; `tidewire keys create` makes one")?;
+            return Ok(Target { urls: self.url.clone(), key, dev: None });
+        }
+        match dev::choose(self.dev.as_ref())? {
+            Some(dev) => {
+                Ok(Target { urls: vec![dev.load_balancer], key: key.unwrap_or(dev.api_key), dev: Some(dev.name) })
+            }
+            None => bail!("no address: give --url or TIDEWIRE_URL, or start `tidewire dev`"),
+        }
+    }
+
+    fn given_key(&self) -> anyhow::Result<Option<String>> {
+        let Some(path) = &self.key_file else { return Ok(self.key.clone()) };
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Some(text.trim().to_owned()))
     }
 
     fn subscribe_options(&self) -> SubscribeOptions {
@@ -102,20 +119,40 @@ impl TailArgs {
         options
     }
 
-    /// The command that goes on from `cursor`.
-    fn continuation(&self, cursor: &str) -> String {
-        let mut words = vec!["tidewire".to_owned(), "tail".to_owned()];
+    /// The same command from `cursor` on, as a shell reads it. A key that was given stands there as the variable: it is
+    /// not to be repeated in a log.
+    fn continuation(&self, target: &Target, cursor: &str) -> String {
+        let mut words = vec![program(), "tail".to_owned()];
         words.extend(self.tables.iter().map(|table| quoted(table)));
+        let mut option = |name: &str, value: &str| words.extend([name.to_owned(), quoted(value)]);
         if let Some(filter) = &self.filter {
-            words.extend(["--where".to_owned(), quoted(filter)]);
+            option("--where", filter);
         }
         if !self.ops.is_empty() {
-            words.extend(["--op".to_owned(), quoted(&self.ops.join(","))]);
+            option("--op", &self.ops.join(","));
         }
         if !self.columns.is_empty() {
-            words.extend(["--columns".to_owned(), quoted(&self.columns.join(","))]);
+            option("--columns", &self.columns.join(","));
         }
-        words.extend(["--from".to_owned(), cursor.to_owned()]);
+        match &target.dev {
+            Some(name) => option("--dev", name),
+            None => option("--url", &target.urls.join(",")),
+        }
+        if let Some(path) = &self.key_file {
+            option("--key-file", &path.to_string_lossy());
+        }
+        if let Some(attempts) = self.attempts {
+            option("--attempts", &attempts.to_string());
+        }
+        if let Some(count) = self.count {
+            option("--count", &count.to_string());
+        }
+        option("--from", cursor);
+        if self.key.is_some() && self.key_file.is_none() {
+            words.push(r#"--key "$TIDEWIRE_KEY""#.to_owned());
+        }
+        words.extend(self.json.then(|| "--json".to_owned()));
+        words.extend(self.no_color.as_ref().filter(|value| !value.is_empty()).map(|_| "--no-color".to_owned()));
         words.join(" ")
     }
 
@@ -124,13 +161,30 @@ impl TailArgs {
     }
 }
 
-/// In single quotes, where a POSIX shell would read the word otherwise.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.,:/".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
+/// Where a tail connects.
+struct Target {
+    urls: Vec<String>,
+    key: String,
+    /// The `tidewire dev` that it is.
+    dev: Option<String>,
+}
+
+impl Target {
+    fn connect_options(&self, attempts: Option<u32>) -> anyhow::Result<ConnectOptions> {
+        let mut urls = self.urls.iter();
+        let first = urls.next().context("no address: give --url")?;
+        let options = urls.fold(ConnectOptions::new(first), ConnectOptions::or).key(&self.key);
+        Ok(attempts.map_or_else(|| options.clone(), |attempts| options.clone().attempts(attempts)))
+    }
+
+    /// For people.
+    fn described(&self) -> String {
+        // An address may hold a password, which the client refuses later.
+        let urls: Vec<_> = self.urls.iter().map(|url| url.rsplit('@').next().unwrap_or_default()).collect();
+        match &self.dev {
+            Some(name) => format!("`tidewire dev` {name}: {}", urls.join(", ")),
+            None => urls.join(", "),
+        }
     }
 }
 
@@ -139,7 +193,9 @@ fn quoted(word: &str) -> String {
 /// # Errors
 /// The text says the cause and what to do.
 pub async fn run(args: TailArgs) -> anyhow::Result<()> {
-    let client = Client::connect(args.connect_options()?).await.map_err(explain)?;
+    let target = args.target()?;
+    say_target(Reader::of(args.json), &target.described());
+    let client = Client::connect(target.connect_options(args.attempts)?).await.map_err(explain)?;
     let subscription = client.subscribe(args.subscribe_options()).await.map_err(explain)?;
     let node = client.server().map_or_else(String::new, |server| server.node);
     let mut tail = Tail {
@@ -147,6 +203,7 @@ pub async fn run(args: TailArgs) -> anyhow::Result<()> {
         stderr_paint: args.paint(std::io::stderr().is_terminal()),
         left: args.count.unwrap_or(u64::MAX),
         replay: None,
+        printed: None,
         args,
     };
     let source = subscription.source();
@@ -154,8 +211,9 @@ pub async fn run(args: TailArgs) -> anyhow::Result<()> {
     tail.replay = Some(Replay { source: source.as_str(), events: 0, resumed: false });
     let mut frames = subscription.into_frames();
     let outcome = tail.follow(&mut frames).await;
-    let cursor = frames.position().to_string();
-    tail.news(&format!("last cursor {cursor}; go on with: {}", tail.args.continuation(&cursor)));
+    let cursor = tail.printed.unwrap_or_else(|| frames.position()).to_string();
+    tail.news(&format!("last cursor {cursor}; go on with:"));
+    eprintln!("{}", tail.args.continuation(&target, &cursor));
     drop(frames);
     client.close().await;
     outcome
@@ -174,12 +232,17 @@ struct Tail {
     stderr_paint: Paint,
     left: u64,
     replay: Option<Replay>,
+    /// After the last event that was printed, where `--count` ended amid a frame.
+    printed: Option<Cursor>,
 }
 
 /// Whether to go on.
 enum Flow {
     GoOn,
-    Done,
+    /// `--count` is reached; what was printed is handled.
+    Full,
+    /// Nobody reads standard output any more.
+    ReaderGone,
 }
 
 impl Tail {
@@ -195,8 +258,12 @@ impl Tail {
             match self.item(item.map_err(explain)?)? {
                 // What is printed is handled.
                 Flow::GoOn => frames.ack(),
-                // Of the last frame perhaps a part only: rather some events twice than one never.
-                Flow::Done => return Ok(()),
+                Flow::Full => {
+                    frames.ack();
+                    return Ok(());
+                }
+                // Who knows what the reader took: rather some events twice than one never.
+                Flow::ReaderGone => return Ok(()),
             }
         }
     }
@@ -223,33 +290,30 @@ impl Tail {
 
     #[expect(clippy::disallowed_methods, reason = "the edge: the lag that is shown is by the clock on the wall")]
     fn batch(&mut self, frame: &Frame) -> anyhow::Result<Flow> {
-        let (now, mut out) = (Utc::now(), String::new());
-        let mut shown = 0;
-        if self.args.json {
+        let (now, limit) = (Utc::now(), usize::try_from(self.left).unwrap_or(usize::MAX));
+        let lines: Vec<String> = if self.args.json {
             let events: Vec<&RawValue> = serde_json::from_str(frame.events_text()).context("an event is no JSON")?;
-            for event in events.iter().take(usize::try_from(self.left).unwrap_or(usize::MAX)) {
-                out.push_str(event.get());
-                out.push('\n');
-                shown += 1;
-            }
+            events.iter().take(limit).map(|event| event.get().to_owned()).collect()
         } else {
             let events = frame.parse().context("an event is not what this version can read: update tidewire")?;
-            for event in events.iter().take(usize::try_from(self.left).unwrap_or(usize::MAX)) {
-                out.push_str(&event_line(event, now, self.stdout_paint));
-                out.push('\n');
-                shown += 1;
-            }
-        }
+            events.iter().take(limit).map(|event| event_line(event, now, self.stdout_paint)).collect()
+        };
+        let shown = lines.len() as u64;
         if let Some(replay) = &mut self.replay {
             replay.events += shown;
         }
         self.left -= shown;
+        let out: String = lines.into_iter().flat_map(|line| [line, "\n".to_owned()]).collect();
         let mut stdout = std::io::stdout().lock();
         if stdout.write_all(out.as_bytes()).and_then(|()| stdout.flush()).is_err() {
             // The reader of the pipe has gone: `head` got its lines.
-            return Ok(Flow::Done);
+            return Ok(Flow::ReaderGone);
         }
-        Ok(if self.left == 0 { Flow::Done } else { Flow::GoOn })
+        if self.left > 0 {
+            return Ok(Flow::GoOn);
+        }
+        self.printed = Some(cursor_after(frame, limit)?);
+        Ok(Flow::Full)
     }
 
     fn caught_up(&mut self) {
@@ -273,6 +337,23 @@ impl Tail {
 
     fn news(&self, text: &str) {
         eprintln!("{}", news(text, self.stderr_paint));
+    }
+}
+
+/// The position after the frame's first `printed` events.
+///
+/// A position is the epoch, the seq and a check over both and the event's id ([`Cursor::at`]). Where a new epoch began
+/// within the frame, an event does not say of which it is: the position before the frame, and some come twice.
+fn cursor_after(frame: &Frame, printed: usize) -> anyhow::Result<Cursor> {
+    let events = frame.parse().context("an event is not what this version can read: update tidewire")?;
+    if events.len() <= printed {
+        return Ok(frame.cursor());
+    }
+    let before = frame.prev().filter(|prev| prev.epoch != frame.cursor().epoch);
+    match (before, printed.checked_sub(1).and_then(|last| events.get(last))) {
+        (Some(before), _) => Ok(before),
+        (None, Some(last)) => Ok(Cursor::at(frame.cursor().epoch, last.seq, last.id)),
+        (None, None) => frame.prev().context("a frame without a position before it"),
     }
 }
 
@@ -327,11 +408,39 @@ mod tests {
         Program::parse_from([&["tail"], words].concat()).tail
     }
 
+    fn target(dev: Option<&str>) -> Target {
+        Target {
+            urls: vec!["http://a:1".to_owned(), "http://b:2".to_owned()],
+            key: "cdc_secret".to_owned(),
+            dev: dev.map(str::to_owned),
+        }
+    }
+
+    /// Found in use: the line that was printed dropped --url and --json, among others.
     #[test]
     fn the_continuation_is_the_same_command_from_the_cursor() {
-        let args = parse(&["public.orders", "--where", "note = 'it''s'", "--op", "insert,UPDATE"]);
-        let want = r"tidewire tail public.orders --where 'note = '\''it'\'''\''s'\''' --op insert,UPDATE --from 1-2";
-        assert_eq!(args.continuation("1-2"), want);
+        let program = program();
+        for (words, dev, want) in [
+            (
+                &["public.orders", "--where", "note = 'it''s'", "--op", "insert,UPDATE"][..],
+                None,
+                r"public.orders --where 'note = '\''it'\'''\''s'\''' --op insert,UPDATE --url http://a:1,http://b:2 --from 1-2",
+            ),
+            (&["a", "event:*", "--json"], Some("blue"), "a 'event:*' --dev blue --from 1-2 --json"),
+            (
+                &["a", "--columns", "b c,d", "--count", "5", "--attempts", "2", "--key", "cdc_secret", "--no-color"],
+                None,
+                r#"a --columns 'b c,d' --url http://a:1,http://b:2 --attempts 2 --count 5 --from 1-2 --key "$TIDEWIRE_KEY" --no-color"#,
+            ),
+            (
+                &["a", "--key-file", "/my keys/x"],
+                None,
+                "a --url http://a:1,http://b:2 --key-file '/my keys/x' --from 1-2",
+            ),
+        ] {
+            let line = parse(words).continuation(&target(dev), "1-2");
+            assert_eq!(line, format!("{program} tail {want}"));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use anyhow::bail;
 use sqlx::PgPool;
 use tracing::Level;
 
-use crate::cli::connect::{DatabaseArgs, explained, heard};
+use crate::cli::connect::{DatabaseArgs, Reader, explained, heard};
 use crate::cli::{print, print_json};
 use crate::table_name::TableName;
 
@@ -68,7 +68,7 @@ pub struct UntrackArgs {
 /// # Errors
 /// What Postgres says, with its hint.
 pub async fn run(args: TrackArgs) -> anyhow::Result<()> {
-    let pool = args.database.pool().await?;
+    let pool = args.database.pool(Reader::of(args.json)).await?;
     let list = |names: &[String]| (!names.is_empty()).then(|| names.to_vec());
     let (schema, table) = parts(&args.table)?;
     let work = sqlx::query(
@@ -86,7 +86,7 @@ pub async fn run(args: TrackArgs) -> anyhow::Result<()> {
     .bind(args.deferred)
     .bind(args.replica)
     .execute(&pool);
-    let warnings = told(work).await?;
+    let warnings = told(&pool, work).await?;
     answer(&pool, &args.table, true, &warnings, args.json).await
 }
 
@@ -95,13 +95,13 @@ pub async fn run(args: TrackArgs) -> anyhow::Result<()> {
 /// # Errors
 /// What Postgres says, with its hint.
 pub async fn run_untrack(args: UntrackArgs) -> anyhow::Result<()> {
-    let pool = args.database.pool().await?;
+    let pool = args.database.pool(Reader::of(args.json)).await?;
     let (schema, table) = parts(&args.table)?;
     let work = sqlx::query("SELECT tidewire.untrack(format('%I.%I', $1::text, $2::text)::regclass)")
         .bind(schema)
         .bind(table)
         .execute(&pool);
-    let warnings = told(work).await?;
+    let warnings = told(&pool, work).await?;
     answer(&pool, &args.table, false, &warnings, args.json).await
 }
 
@@ -113,9 +113,11 @@ fn parts(name: &TableName) -> anyhow::Result<(String, String)> {
 }
 
 /// The warnings that came with the answer.
-async fn told<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::Result<Vec<String>> {
+async fn told<T>(pool: &PgPool, work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::Result<Vec<String>> {
     let (done, notices) = heard(work).await;
-    done.map_err(explained)?;
+    if let Err(error) = done {
+        return Err(explained(pool, error).await);
+    }
     Ok(notices.into_iter().filter(|(level, _)| *level <= Level::WARN).map(|(_, text)| text).collect())
 }
 
@@ -129,13 +131,16 @@ async fn answer(pool: &PgPool, name: &TableName, tracked: bool, warnings: &[Stri
     if !tracked {
         return print(&format!("{name} is not captured any more.\n"));
     }
-    let key: Option<Vec<String>> =
+    let key: Result<Option<Option<Vec<String>>>, _> =
         sqlx::query_scalar("SELECT key_columns FROM tidewire.tracked_tables WHERE table_name = $1")
             .bind(name.as_str())
             .fetch_optional(pool)
-            .await?
-            .flatten();
-    print(&match key {
+            .await;
+    let Ok(key) = key else {
+        // A role that may track its own tables may not read this list.
+        return print(&format!("{name} is captured from now on.\n"));
+    };
+    print(&match key.flatten() {
         Some(key) => format!("{name} is captured from now on; its key is {}.\n", key.join(", ")),
         None => {
             format!("{name} is captured from now on, without a key: it has no primary key, and no --key was given.\n")

@@ -29,8 +29,9 @@ const BASE_BACKOFF: Duration = Duration::from_millis(500);
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
 /// From a wish to connect to `welcome`: TCP, TLS, upgrade, authentication.
 pub(super) const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
-/// Attempts of a client that was never connected: a wrong address should be known within seconds.
-const FIRST_ATTEMPTS: u32 = 3;
+/// Attempts after the first one of a client that was never connected, unless told otherwise: a wrong address should be
+/// known within seconds.
+pub(super) const FIRST_ATTEMPTS: u32 = 3;
 /// How often a subscription that is refused for now asks again on one connection.
 const MAX_SUBSCRIBE_RETRIES: u32 = 10;
 
@@ -92,6 +93,8 @@ enum Link {
 #[derive(Debug)]
 pub(super) struct Machine {
     attempts: Option<u32>,
+    /// The same for a client that was never connected; its very first attempt does not count.
+    first_attempts: u32,
     /// Counts the attempts without progress.
     backoff: Backoff,
     welcomed: bool,
@@ -104,9 +107,10 @@ pub(super) struct Machine {
 
 impl Machine {
     /// `attempts`: how many may fail in a row; none for no limit.
-    pub(super) fn new(attempts: Option<u32>) -> Self {
+    pub(super) fn new(attempts: Option<u32>, first_attempts: u32) -> Self {
         Self {
             attempts,
+            first_attempts,
             backoff: new_backoff(),
             welcomed: false,
             link: Link::Down,
@@ -385,8 +389,10 @@ impl Machine {
         let wait = if drained { Duration::ZERO } else { jitter };
         let wait = wait.max(cause.retry_after().unwrap_or_default().min(MAX_RETRY_AFTER));
         let attempts = self.backoff.attempts();
-        let first = if self.welcomed { u32::MAX } else { FIRST_ATTEMPTS };
-        if attempts > self.attempts.unwrap_or(u32::MAX).min(first) {
+        let limit = if self.welcomed { self.attempts.unwrap_or(u32::MAX) } else { self.first_attempts };
+        if attempts > limit {
+            // The loss of a connection that stood is no attempt.
+            let attempts = if self.welcomed { attempts - 1 } else { attempts };
             self.out.push_back(Action::GiveUp(ClientError::GaveUp { attempts, last: cause }));
             return Next::Stop;
         }

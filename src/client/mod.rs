@@ -108,8 +108,8 @@ impl Shared {
 }
 
 impl Client {
-    /// Connects and waits for the server's welcome. A server that cannot be reached is tried a few times only: later
-    /// losses are what [`ConnectOptions::attempts`] is for.
+    /// Connects and waits for the server's welcome. A server that cannot be reached is tried a few times only, unless
+    /// [`ConnectOptions::attempts`] says how often.
     ///
     /// # Errors
     /// The address or the key is unusable, the server refuses, or it cannot be reached.
@@ -123,7 +123,7 @@ impl Client {
             endpoints,
             credential,
             read_buffer_bytes: options.read_buffer_bytes,
-            machine: Machine::new(options.attempts),
+            machine: Machine::new(options.attempts, options.first_attempts),
             commands: receiver,
             changed: changed.clone(),
             shared: shared.clone(),

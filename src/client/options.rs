@@ -6,6 +6,7 @@ use std::fmt;
 use url::Url;
 
 use crate::client::error::ClientError;
+use crate::client::machine::FIRST_ATTEMPTS;
 use crate::cursor::Cursor;
 use crate::protocol::message::{From as WireFrom, Subscribe};
 
@@ -22,6 +23,7 @@ pub struct ConnectOptions {
     pub(super) urls: Vec<String>,
     pub(super) key: Option<String>,
     pub(super) attempts: Option<u32>,
+    pub(super) first_attempts: u32,
     pub(super) read_buffer_bytes: usize,
 }
 
@@ -42,6 +44,7 @@ impl ConnectOptions {
             urls: vec![url.into()],
             key: None,
             attempts: Some(DEFAULT_ATTEMPTS),
+            first_attempts: FIRST_ATTEMPTS,
             read_buffer_bytes: DEFAULT_READ_BUFFER_BYTES,
         }
     }
@@ -60,10 +63,12 @@ impl ConnectOptions {
         self
     }
 
-    /// How many attempts in a row may fail before the client gives up; 0 never reconnects.
+    /// How many attempts in a row may fail before the client gives up, at the first connection and after a loss; 0 never
+    /// reconnects. Without it a first connection is given up after a few.
     #[must_use]
     pub const fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = Some(attempts);
+        self.first_attempts = attempts.saturating_sub(1);
         self
     }
 

@@ -217,7 +217,7 @@ async fn a_client_whose_server_is_gone_gives_up_at_the_limit() {
         drop((actor, stage));
         assert!(matches!(subscription.next().await, Some(Ok(Item::Disconnected { .. }))));
         let error = subscription.next().await.unwrap().unwrap_err();
-        assert!(matches!(error, ClientError::GaveUp { attempts: 2, .. }), "{error}");
+        assert!(matches!(error, ClientError::GaveUp { attempts: 1, .. }), "{error}");
     })
     .await;
 }

@@ -52,6 +52,45 @@ pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<ApiKey> {
     store::create_key(pool, KEY_NAME, &scopes, None).await.context("cannot create an API key")
 }
 
+/// Stores this key with every scope, unless it is there from an earlier run.
+///
+/// # Errors
+/// It was revoked in this database, or another one has its id; when the database fails.
+pub(super) async fn adopt_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+    let scopes = serde_json::to_value(Scopes::all(KEY_CONNECTIONS))?;
+    let usable: bool = sqlx::query_scalar(
+        "WITH stored AS (
+             INSERT INTO tidewire.api_keys (key_id, name, key_hash, scopes)
+             VALUES ($1, $2, $3, $4)
+             ON CONFLICT (key_id) DO NOTHING
+             RETURNING true)
+         SELECT EXISTS (SELECT FROM stored)
+             OR EXISTS (SELECT FROM tidewire.api_keys WHERE key_id = $1 AND key_hash = $3 AND is_active)",
+    )
+    .bind(key.id().as_str())
+    .bind(KEY_NAME)
+    .bind(&key.hash().as_bytes()[..])
+    .bind(scopes)
+    .fetch_one(pool)
+    .await
+    .context("cannot store the API key")?;
+    anyhow::ensure!(usable, "the key {} was revoked in this database: choose another --key", key.id());
+    Ok(())
+}
+
+/// Takes back a key that the next run is given again: a revoked one could not come back.
+///
+/// # Errors
+/// When the database fails.
+pub(super) async fn remove_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+    sqlx::query("DELETE FROM tidewire.api_keys WHERE key_id = $1 AND name = $2")
+        .bind(key.id().as_str())
+        .bind(KEY_NAME)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
 /// Ends the key.
 ///
 /// # Errors

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use rand::RngExt;
 use sqlx::PgPool;
 use tokio::time::sleep;
@@ -13,6 +13,9 @@ use tokio::time::sleep;
 pub(super) const TABLE: &str = "public.orders";
 /// The table's comment; what carries it may be written to and dropped.
 const MARK: &str = "Demo of tidewire dev";
+
+const FOREIGN_TABLE: &str =
+    "this database has a table public.orders of its own, which the demo must not touch: use --no-demo";
 
 /// A few changes a second: readable as they pass.
 const CHANGE_INTERVAL: Duration = Duration::from_millis(300);
@@ -84,12 +87,38 @@ pub(super) async fn create(pool: &PgPool) -> anyhow::Result<()> {
         ),
         Some(comment) if comment == MARK => sqlx::raw_sql("SELECT tidewire.track('public.orders')"),
         Some(_) => {
-            bail!("this database has a table public.orders of its own, which the demo must not touch: use --no-demo")
+            bail!(FOREIGN_TABLE)
         }
     }
     .execute(pool)
     .await
     .context("cannot create and track the demo's table public.orders")?;
+    Ok(())
+}
+
+/// Refuses where [`create`] would fail. Changes nothing.
+///
+/// # Errors
+/// The reason, with what to do.
+pub(super) async fn possible(pool: &PgPool) -> anyhow::Result<()> {
+    let (role, sees, may): (String, bool, bool) = sqlx::query_as(
+        "SELECT quote_ident(current_user), coalesce(has_schema_privilege(n.oid, 'USAGE'), false),
+                coalesce(CASE WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')
+                              ELSE pg_has_role(c.relowner, 'USAGE') END, false)
+         FROM (SELECT 1) AS one
+         LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = 'public'
+         LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'orders'",
+    )
+    .fetch_one(pool)
+    .await?;
+    // The look at the table needs the schema's USAGE.
+    if sees && comment(pool).await?.is_some_and(|comment| comment != MARK) {
+        bail!(FOREIGN_TABLE);
+    }
+    ensure!(
+        sees && may,
+        "{role} may not make the demo's table public.orders: GRANT USAGE, CREATE ON SCHEMA public TO {role}; or use --no-demo"
+    );
     Ok(())
 }
 

@@ -15,12 +15,16 @@ mod database;
 mod demo;
 mod port;
 pub mod postgres;
+mod preflight;
 mod run_folder;
+pub mod shell;
 mod supervisor;
 
 use std::convert::Infallible;
+use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::str::FromStr;
@@ -37,7 +41,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::key::ApiKey;
 
-pub use self::announcement::{AnnouncedNode, Announcement, running};
+use self::announcement::Claim;
+pub use self::announcement::{AnnouncedNode, Announcement, ChooseError, ClusterName, choose, running};
 use self::balancer::{Balancer, Health, health_of};
 use self::database::Leader;
 use self::port::{free_port, loopback};
@@ -53,12 +58,23 @@ const MAX_CONNECTIONS: u16 = 300;
 const READY_LIMIT: Duration = Duration::from_secs(60);
 const READY_POLL_INTERVAL: Duration = Duration::from_millis(25);
 const LEADER_POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// The key of a kept folder, so that clients go on with it after a restart.
+const KEY_FILE: &str = "api-key";
 /// For the last statements, in a database that may be gone.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(5);
 
 /// A whole cluster on this machine, from nothing: Postgres, nodes, a load balancer, a demo. Ctrl-C removes it all
 #[derive(Debug, Clone, clap::Args)]
 pub struct DevOptions {
+    /// Its name, for --dev of the other commands (default: dev, or dev2 and so on where that runs)
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<ClusterName>,
+    /// API key to use, of the form that this command prints (default: a new one; with --data-dir the one of the last run)
+    #[arg(long, value_name = "KEY", value_parser = ApiKey::parse)]
+    pub key: Option<ApiKey>,
+    /// Found by no other command
+    #[arg(long, hide = true)]
+    pub unlisted: bool,
     /// How many nodes to start
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=MAX_NODES))]
     pub nodes: u16,
@@ -132,12 +148,20 @@ pub async fn run(options: DevOptions) -> anyhow::Result<()> {
 
 /// From nothing to nothing.
 async fn whole_run(options: DevOptions, voice: Voice, cancel: CancellationToken) -> anyhow::Result<()> {
+    let claim = match options.unlisted {
+        true => None,
+        false => Some(Claim::take(options.name.as_ref())?),
+    };
+    if let Some(port) = options.port {
+        // Before anything is started or changed; it is bound for good later.
+        drop(bind_balancer(Some(port), Vec::new()).await?);
+    }
     let Some(base) = cancel.run_until_cancelled(Base::prepare(&options, voice)).await else { return Ok(()) };
     let mut base = base?;
     let done = match cancel.run_until_cancelled(base.furnish(&options)).await {
         None => Ok(()),
         Some(Err(error)) => Err(error),
-        Some(Ok(())) => cluster(&base, &options, voice, &cancel).await,
+        Some(Ok(())) => cluster(&base, &options, claim, voice, &cancel).await,
     };
     base.leave().await;
     done
@@ -152,6 +176,18 @@ struct Base {
     folder: Option<RunFolder>,
     url: DatabaseUrl,
     key: Option<ApiKey>,
+    key_kept: KeyKept,
+}
+
+/// What becomes of the run's key at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum KeyKept {
+    /// It was made for this run: revoked.
+    No,
+    /// It was given, and may be given again: taken out of the database.
+    Given,
+    /// The database is kept with it.
+    WithDatabase,
 }
 
 impl Base {
@@ -172,8 +208,11 @@ impl Base {
             }
         };
         let pool = database::connect(url.expose()).await?;
+        if server.is_none() {
+            preflight::check(&pool, options).await.context("nothing was changed in your database")?;
+        }
         database::migrate(&pool).await?;
-        Ok(Self { pool, server, folder, url, key: None })
+        Ok(Self { pool, server, folder, url, key: None, key_kept: KeyKept::No })
     }
 
     /// Puts into the database what [`Self::leave`] takes back: the demo's table and the key.
@@ -181,7 +220,29 @@ impl Base {
         if !options.no_demo {
             demo::create(&self.pool).await?;
         }
-        self.key = Some(database::create_key(&self.pool).await?);
+        let kept = options.data_dir.is_some().then(|| self.path().join(KEY_FILE));
+        let wanted = match (&options.key, &kept) {
+            (Some(key), _) => Some(key.clone()),
+            (None, Some(path)) => kept_key(path).with_context(|| format!("cannot read {}", path.display()))?,
+            (None, None) => None,
+        };
+        let is_wanted = wanted.is_some();
+        let key = match wanted {
+            Some(key) => {
+                database::adopt_key(&self.pool, &key).await?;
+                key
+            }
+            None => database::create_key(&self.pool).await?,
+        };
+        if let Some(path) = &kept {
+            keep_key(path, &key).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        self.key_kept = match (kept, is_wanted) {
+            (Some(_), _) => KeyKept::WithDatabase,
+            (None, true) => KeyKept::Given,
+            (None, false) => KeyKept::No,
+        };
+        self.key = Some(key);
         Ok(())
     }
 
@@ -205,8 +266,10 @@ impl Base {
     /// Takes back what was made in the database, where that outlives us, and stops the server.
     async fn leave(mut self) {
         let clean_up = async {
-            if let Some(key) = &self.key {
-                database::revoke_key(&self.pool, key).await?;
+            match (&self.key, self.key_kept) {
+                (Some(key), KeyKept::No) => database::revoke_key(&self.pool, key).await?,
+                (Some(key), KeyKept::Given) => database::remove_key(&self.pool, key).await?,
+                (Some(_), KeyKept::WithDatabase) | (None, _) => {}
             }
             if self.server.is_none() {
                 demo::remove(&self.pool).await?;
@@ -226,8 +289,29 @@ impl Base {
     }
 }
 
+/// The key that an earlier run left in its folder.
+fn kept_key(path: &Path) -> anyhow::Result<Option<ApiKey>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(ApiKey::parse(text.trim())?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Keeps the key for the next run, for nobody else to read.
+fn keep_key(path: &Path, key: &ApiKey) -> io::Result<()> {
+    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(path)?;
+    writeln!(file, "{}", key.expose())
+}
+
 /// Nodes, balancer and demo, until cancelled or until they fail to become ready.
-async fn cluster(base: &Base, options: &DevOptions, voice: Voice, cancel: &CancellationToken) -> anyhow::Result<()> {
+async fn cluster(
+    base: &Base,
+    options: &DevOptions,
+    claim: Option<Claim>,
+    voice: Voice,
+    cancel: &CancellationToken,
+) -> anyhow::Result<()> {
     let logs = base.path().join("logs");
     std::fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let nodes = NodeProcess::plan(options.nodes, &base.url, &logs).context("cannot plan the nodes")?;
@@ -250,7 +334,8 @@ async fn cluster(base: &Base, options: &DevOptions, voice: Voice, cancel: &Cance
     };
     let watch_run = async {
         let view = ClusterView { base, nodes: &nodes, pids: &pids };
-        let watched = stop.run_until_cancelled(view.announce_and_watch(address, &logs, !options.no_demo, voice)).await;
+        let watched =
+            stop.run_until_cancelled(view.announce_and_watch(claim, address, &logs, !options.no_demo, voice)).await;
         // Only its failure ends it earlier than the rest.
         stop.cancel();
         watched.unwrap_or(Ok(()))
@@ -281,15 +366,18 @@ impl ClusterView<'_> {
     /// Waits for the cluster, tells about it, and then of every new leader. Ends only with an error.
     async fn announce_and_watch(
         &self,
+        claim: Option<Claim>,
         balancer: SocketAddr,
         logs: &Path,
         with_demo: bool,
         voice: Voice,
     ) -> anyhow::Result<()> {
         let mut leader = self.ready().await?;
-        let announcement = self.announcement(balancer);
-        let published = announcement.publish();
-        if let Err(error) = &published {
+        let name = claim.as_ref().map_or_else(|| "unlisted".to_owned(), |claim| claim.name.to_string());
+        let announcement = self.announcement(name, balancer);
+        // Kept to the end: its drop gives the name back.
+        let mut claim = claim;
+        if let Some(Err(error)) = claim.as_mut().map(|claim| claim.publish(&announcement)) {
             voice.say(&format!("`tidewire tail` will need --url and --key: {error}"));
         }
         voice.announce(&announcement.json(), &announcement.text(&self.base.describe(), logs, with_demo));
@@ -334,13 +422,14 @@ impl ClusterView<'_> {
         }
     }
 
-    fn announcement(&self, balancer: SocketAddr) -> Announcement {
+    fn announcement(&self, name: String, balancer: SocketAddr) -> Announcement {
         let nodes = self.nodes.iter().zip(self.pids).map(|(node, pid)| AnnouncedNode {
             name: node.name.clone(),
             pid: *pid.borrow(),
             url: announcement::http(node.address),
         });
         Announcement {
+            name,
             database_url: self.base.url.expose().to_owned(),
             load_balancer: announcement::http(balancer),
             api_key: self.base.key.as_ref().map(|key| key.expose().to_owned()).unwrap_or_default(),

@@ -20,6 +20,7 @@ mod emit;
 mod endpoints;
 mod failover;
 mod filter;
+mod first_hour;
 mod limits;
 mod listen;
 mod migrations;

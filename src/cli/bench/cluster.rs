@@ -69,7 +69,7 @@ impl Cluster {
     async fn start(common: &Common, nodes: usize) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("this program's own path")?;
         let mut command = Command::new(program);
-        command.args(["dev", "--json", "--no-demo", "--nodes", &nodes.to_string()]);
+        command.args(["dev", "--json", "--unlisted", "--no-demo", "--nodes", &nodes.to_string()]);
         if let Some(folder) = &common.data_dir {
             command.arg("--data-dir").arg(folder);
         }

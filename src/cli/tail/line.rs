@@ -51,6 +51,9 @@ pub(super) fn event_line(event: &Event, now: DateTime<Utc>, paint: Paint) -> Str
     };
     let op = shown(&format!("{:<8}", event.op));
     let _ = write!(line, " {} {}", paint.paint(style, &op), paint.paint(BOLD, &shown(&event.table)));
+    if let Some(partition) = partition(event) {
+        let _ = write!(line, " (only its partition {})", paint.paint(BOLD, &shown(&partition)));
+    }
     if let Some(event_type) = &event.event_type {
         let _ = write!(line, " {}", paint.paint(CYAN, &shown(event_type)));
     }
@@ -65,6 +68,13 @@ pub(super) fn event_line(event: &Event, now: DateTime<Utc>, paint: Paint) -> Str
     line.push_str(&body(event, paint));
     let _ = write!(line, "  {}", paint.paint(DIM, &lag(event, now)));
     line
+}
+
+/// The partition that a TRUNCATE emptied, where it was not the whole table.
+fn partition(event: &Event) -> Option<String> {
+    let headers = (event.op == Op::Truncate).then(|| event.headers.columns())?;
+    let (_, name) = headers.into_iter().find(|(name, _)| name == "tidewire.partition")?;
+    Some(serde_json::from_str(name.get()).unwrap_or_else(|_| name.get().to_owned()))
 }
 
 fn body(event: &Event, paint: Paint) -> String {
@@ -169,6 +179,23 @@ mod tests {
         assert!(plain(&insert).contains("INSERT   public.orders id=1 n: 10.50 "), "{}", plain(&insert));
         let delete = event(r#""op":"DELETE","key":{"id":1},"before":{"id":1,"n":2},"after":null"#);
         assert!(plain(&delete).contains("DELETE   public.orders id=1 n: 2 "), "{}", plain(&delete));
+    }
+
+    /// Found in use: the TRUNCATE of one partition was shown as that of the whole table.
+    #[test]
+    fn a_truncated_partition_is_not_shown_as_the_whole_table() {
+        for (headers, want) in [
+            ("", "TRUNCATE public.orders  1.4 ms"),
+            (r#","headers":null"#, "TRUNCATE public.orders  1.4 ms"),
+            (r#","headers":{"traceparent":"00"}"#, "TRUNCATE public.orders  1.4 ms"),
+            (
+                r#","headers":{"tidewire.partition":"public.orders_1"}"#,
+                "TRUNCATE public.orders (only its partition public.orders_1)  1.4 ms",
+            ),
+        ] {
+            let line = plain(&event(&format!(r#""op":"TRUNCATE","before":null,"after":null{headers}"#)));
+            assert!(line.ends_with(want), "{line}");
+        }
     }
 
     #[test]

@@ -47,7 +47,7 @@ struct Script {
 
 impl Script {
     fn new(attempts: Option<u32>) -> Self {
-        Self { machine: Machine::new(attempts), now: Instant::now(), handed: RefCell::default() }
+        Self { machine: Machine::new(attempts, FIRST_ATTEMPTS), now: Instant::now(), handed: RefCell::default() }
     }
 
     /// Connected, with the subscription `a` that has caught up at `seq`.
@@ -228,7 +228,7 @@ fn waits_double_up_to_ten_seconds_and_end_at_the_limit() {
     assert_eq!(waits, want.map(|ms| Next::ConnectAfter(Duration::from_millis(ms))));
     let (next, actions) = script.lose(network(), 1.0);
     assert_eq!(next, Next::Stop);
-    assert!(matches!(&actions[..], [Action::GiveUp(ClientError::GaveUp { attempts: 9, .. })]));
+    assert!(matches!(&actions[..], [Action::GiveUp(ClientError::GaveUp { attempts: 8, .. })]));
 }
 
 #[test]
