@@ -98,7 +98,7 @@ fn scalar(scalar: &Scalar) -> String {
             }
             path
         }
-        Scalar::Cast(inner, kind) => format!("({}::{})", self::scalar(inner), kind.sql_name()),
+        Scalar::Cast(inner, kind, _) => format!("({}::{})", self::scalar(inner), kind.sql_name()),
         Scalar::Truth(node) => text(node),
     }
 }

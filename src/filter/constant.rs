@@ -6,19 +6,30 @@ use std::borrow::Cow;
 use super::FilterError;
 use super::kind::ColumnType;
 use super::moment;
+use super::server::Server;
 use super::value::{self, Fault, Value};
 
 /// Characters of a literal that a message repeats.
 const QUOTED_CHARACTERS: usize = 40;
 
-pub(super) fn literal(at: usize, text: &str, kind: ColumnType) -> Result<Value<'static>, FilterError> {
-    value::read(kind, text).map(Value::into_owned).map_err(|fault| {
+/// Most bytes of a `name`. Postgres cuts a longer literal off, by bytes of its own encoding.
+const MAX_NAME_BYTES: usize = 63;
+
+pub(super) fn literal(at: usize, text: &str, kind: ColumnType, server: Server) -> Result<Value<'static>, FilterError> {
+    value::read(kind, text, server).and_then(short_name(kind)).map(Value::into_owned).map_err(|fault| {
         let mut shown: String = text.chars().take(QUOTED_CHARACTERS).collect();
         if shown.len() < text.len() {
             shown.push('…');
         }
         reason(at, fault, &format!("'{shown}'"), kind)
     })
+}
+
+fn short_name<'a>(kind: ColumnType) -> impl FnOnce(Value<'a>) -> Result<Value<'a>, Fault> {
+    move |value| match &value {
+        Value::Text(text) if kind == ColumnType::Name && text.len() > MAX_NAME_BYTES => Err(Fault::Range),
+        _ => Ok(value),
+    }
 }
 
 pub(super) fn reason(at: usize, fault: Fault, what: &str, kind: ColumnType) -> FilterError {
@@ -35,6 +46,9 @@ pub(super) fn reason(at: usize, fault: Fault, what: &str, kind: ColumnType) -> F
         at,
         match fault {
             Fault::Syntax => format!("{what} is not a value of type {name}{advice}"),
+            Fault::Range if kind == ColumnType::Name => {
+                format!("{what} is longer than the {MAX_NAME_BYTES} bytes of a name; cast it to text")
+            }
             Fault::Range => format!("{what} is out of range for type {name}"),
         },
     )
@@ -56,9 +70,10 @@ pub(super) fn convert(value: Value<'static>, target: ColumnType) -> Result<Value
             None => Err(Fault::Range),
         },
         (ColumnType::Char, value @ Value::Text(_)) => match value {
-            Value::Text(text) => value::read(ColumnType::Char, &text).map(Value::into_owned),
+            Value::Text(text) => value::read(ColumnType::Char, &text, Server::ANY).map(Value::into_owned),
             other => Ok(other),
         },
+        (ColumnType::Name, value @ Value::Text(_)) => short_name(ColumnType::Name)(value),
         (_, value) => Ok(value),
     }
 }

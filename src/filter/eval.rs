@@ -219,10 +219,12 @@ fn cell<'a>(scalar: &'a Scalar, row: &'a dyn RowImage) -> Cell<'a> {
                 Some(found) => json::as_text(found).map_or(Cell::Null, |text| Cell::Is(Value::Text(text))),
             },
         },
-        Scalar::Cast(inner, kind) => match cell(inner, row) {
-            Cell::Is(Value::Text(Cow::Borrowed(text))) => value::read(*kind, text).map_or(Cell::Null, Cell::Is),
+        Scalar::Cast(inner, kind, server) => match cell(inner, row) {
+            Cell::Is(Value::Text(Cow::Borrowed(text))) => {
+                value::read(*kind, text, *server).map_or(Cell::Null, Cell::Is)
+            }
             Cell::Is(Value::Text(Cow::Owned(text))) => {
-                value::read(*kind, &text).map_or(Cell::Null, |value| Cell::Is(value.into_owned()))
+                value::read(*kind, &text, *server).map_or(Cell::Null, |value| Cell::Is(value.into_owned()))
             }
             Cell::Is(_) => Cell::Null,
             absent_or_null => absent_or_null,

@@ -93,14 +93,14 @@ fn collect(node: &Node, found: &mut Vec<(bool, IndexConjunct)>) {
 /// The key that rows of a column of type `kind` have if they equal `value`.
 fn key_for(kind: ColumnType, value: &Value<'_>) -> Option<IndexKey> {
     use ColumnType::{
-        Bool, Char, Date, Enum, Float4, Float8, Int2, Int4, Int8, Interval, Numeric, Text, Time, TimeTz, Timestamp,
-        TimestampTz, Uuid,
+        Bool, Char, Date, Enum, Float4, Float8, Int2, Int4, Int8, Interval, Name, Numeric, Text, Time, TimeTz,
+        Timestamp, TimestampTz, Uuid,
     };
     match (kind, value) {
         (Bool, Value::Bool(_))
         | (Int2 | Int4 | Int8 | Numeric, Value::Int(_) | Value::Decimal(_) | Value::OwnedDecimal(_))
         | (Float4 | Float8, Value::Float(_))
-        | (Text | Char | Enum, Value::Text(_))
+        | (Text | Name | Char | Enum, Value::Text(_))
         | (Uuid, Value::Uuid(_))
         | (Date, Value::Date(_))
         | (Time, Value::Time(_))

@@ -2,14 +2,21 @@
 //! hours and months of 30 days.
 //!
 //! Reads ISO 8601 (`P1Y2M3DT4H5M6.5S`, each part with its own sign), which is what rows carry, and
-//! of Postgres's other forms the plain one (`1 day 2 hours`, `-3 mons`, `04:05:06`) with whole
-//! numbers except for seconds.
+//! of Postgres's other forms the plain one (`1.5 days 2 hours`, `-3 mons`, `04:05:06`). Fractions
+//! have at most six digits, and of a year only the quarters are read: what is left of another one
+//! differs between versions.
 
+use super::server::Server;
 use super::value::Fault;
 
 const MICROS_PER_SECOND: i128 = 1_000_000;
 const MICROS_PER_DAY: i128 = 86_400 * MICROS_PER_SECOND;
 const DAYS_PER_MONTH: i128 = 30;
+/// An amount's fraction is in millionths. A second's are microseconds.
+const FRACTION: i128 = MICROS_PER_SECOND;
+/// `infinity` and `-infinity`, beyond every finite length.
+const INFINITY: i128 = i128::MAX;
+const MINUS_INFINITY: i128 = i128::MIN;
 /// Postgres counts months and days in 32 bits; more digits than this cannot be in range.
 const MAX_DIGITS: usize = 10;
 
@@ -33,24 +40,37 @@ impl Parts {
     }
 
     fn add(&mut self, amount: Amount, unit: Unit) -> Result<(), Fault> {
-        if amount.fraction != 0 && !matches!(unit, Unit::Seconds) {
-            return Err(Fault::Syntax);
-        }
-        let whole = amount.whole;
+        let Amount { whole, fraction } = amount;
         match unit {
-            Unit::Years => self.months += whole * 12,
-            Unit::Months => self.months += whole,
-            Unit::Weeks => self.days += whole * 7,
-            Unit::Days => self.days += whole,
-            Unit::Hours => self.micros += whole * 3600 * MICROS_PER_SECOND,
-            Unit::Minutes => self.micros += whole * 60 * MICROS_PER_SECOND,
-            Unit::Seconds => self.micros += whole * MICROS_PER_SECOND + amount.fraction,
+            Unit::Years if fraction * 12 % FRACTION != 0 => return Err(Fault::Syntax),
+            Unit::Years => self.months += whole * 12 + fraction * 12 / FRACTION,
+            Unit::Months => {
+                self.months += whole;
+                self.add_days(fraction * DAYS_PER_MONTH);
+            }
+            Unit::Weeks => {
+                self.days += whole * 7;
+                self.add_days(fraction * 7);
+            }
+            Unit::Days => {
+                self.days += whole;
+                self.add_days(fraction);
+            }
+            Unit::Hours => self.micros += (whole * FRACTION + fraction) * 3600,
+            Unit::Minutes => self.micros += (whole * FRACTION + fraction) * 60,
+            Unit::Seconds => self.micros += whole * FRACTION + fraction,
         }
         Ok(())
     }
+
+    /// Millionths of days: whole days, and the rest in hours.
+    fn add_days(&mut self, millionths: i128) {
+        self.days += millionths / FRACTION;
+        self.micros += millionths % FRACTION * (MICROS_PER_DAY / FRACTION);
+    }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Unit {
     Years,
     Months,
@@ -68,7 +88,16 @@ struct Amount {
 }
 
 /// The interval's length in microseconds. `text` has no blanks around it.
-pub(super) fn parse(text: &str) -> Result<i128, Fault> {
+pub(super) fn parse(text: &str, server: Server) -> Result<i128, Fault> {
+    if server.reads_infinite_intervals() {
+        let is = |word: &str| text.eq_ignore_ascii_case(word);
+        if is("infinity") || is("+infinity") {
+            return Ok(INFINITY);
+        }
+        if is("-infinity") {
+            return Ok(MINUS_INFINITY);
+        }
+    }
     let parts = match text.strip_prefix('P') {
         Some(rest) => parse_iso(rest)?,
         None => parse_plain(text)?,
@@ -100,6 +129,9 @@ fn parse_iso(text: &str) -> Result<Parts, Fault> {
             (Some(b'S'), true) => Unit::Seconds,
             _ => return Err(Fault::Syntax),
         };
+        if rest.starts_with('+') {
+            return Err(Fault::Syntax);
+        }
         parts.add(parse_amount(&rest[..end])?, unit)?;
         rest = &rest[end + 1..];
     }
@@ -108,12 +140,20 @@ fn parse_iso(text: &str) -> Result<Parts, Fault> {
 
 fn parse_plain(text: &str) -> Result<Parts, Fault> {
     let mut parts = Parts::default();
+    // Postgres takes each unit once, and a clock for all three of its own.
+    let mut seen = Vec::new();
+    let mut take = |units: &[Unit]| {
+        let fresh = units.iter().all(|unit| !seen.contains(unit));
+        seen.extend_from_slice(units);
+        if fresh { Ok(()) } else { Err(Fault::Syntax) }
+    };
     let mut words = text.split_ascii_whitespace().peekable();
     if words.peek().is_none() {
         return Err(Fault::Syntax);
     }
     while let Some(word) = words.next() {
         if word.contains(':') {
+            take(&[Unit::Hours, Unit::Minutes, Unit::Seconds])?;
             parts.micros += parse_clock(word)?;
             continue;
         }
@@ -128,6 +168,7 @@ fn parse_plain(text: &str) -> Result<Parts, Fault> {
         if glued.is_empty() {
             words.next();
         }
+        take(&[unit])?;
         parts.add(parse_amount(number)?, unit)?;
     }
     Ok(parts)
@@ -159,7 +200,10 @@ fn parse_clock(text: &str) -> Result<i128, Fault> {
     if fields.next().is_some() || body.contains(['-', '+']) {
         return Err(Fault::Syntax);
     }
-    if minutes.whole > 59 || seconds.whole > 59 {
+    if hours.fraction != 0 || minutes.fraction != 0 {
+        return Err(Fault::Syntax);
+    }
+    if minutes.whole > 59 || seconds.whole > 60 {
         return Err(Fault::Range);
     }
     let mut parts = Parts::default();
@@ -196,6 +240,10 @@ fn split_sign(text: &str) -> (i128, &str) {
 mod tests {
     use super::*;
 
+    fn read(text: &str) -> Result<i128, Fault> {
+        parse(text, Server::default())
+    }
+
     #[test]
     fn forms_of_the_same_length_are_equal() {
         for (left, right) in [
@@ -206,18 +254,49 @@ mod tests {
             ("PT25H0.000001S", "25h 0.000001 s"),
             ("P1W", "7d"),
             ("1 minute 5", "65"),
+            ("1.5 days", "36:00"),
+            ("P1.5D", "1 day 12 hours"),
+            ("-1.5 mons", "-45 days"),
+            ("0.75 years", "9 mons"),
+            ("0.1 days", "8640 secs"),
+            ("2.25 hours", "02:15"),
         ] {
-            assert_eq!(parse(left), parse(right), "{left} {right}");
-            assert!(parse(left).is_ok(), "{left}");
+            assert_eq!(read(left), read(right), "{left} {right}");
+            assert!(read(left).is_ok(), "{left}");
         }
     }
 
     #[test]
     fn what_is_not_an_interval_is_refused() {
-        for text in
-            ["", "P", "P1", "1 fortnight", "P1H", "1.5 days", "P1Y-", "1:2:3:4", "1:-2", "99999999999 days", "é"]
-        {
-            assert!(parse(text).is_err(), "{text}");
+        for text in [
+            "",
+            "P",
+            "P1",
+            "1 fortnight",
+            "P1H",
+            "P1Y-",
+            "P+1D",
+            "1:2:3:4",
+            "1:-2",
+            "1.5:30",
+            "1:30.5",
+            "0.1 years",
+            "1 day 2 days",
+            "1:00 1 hour",
+            "0.0000001 s",
+            "99999999999 days",
+            "infinity",
+            "é",
+        ] {
+            assert!(read(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn infinity_is_read_where_the_server_reads_it() {
+        let later = Server::from_version_num(170_000);
+        assert!(parse("infinity", later).unwrap() > parse("178000000 years", later).unwrap());
+        assert!(parse("-INFINITY", later).unwrap() < parse("-178000000 years", later).unwrap());
+        assert_eq!(parse("infinity", Server::from_version_num(160_004)), Err(Fault::Syntax));
     }
 }

@@ -21,8 +21,10 @@ pub enum ColumnType {
     Float4,
     /// `double precision`
     Float8,
-    /// `text`, `varchar`, `name`
+    /// `text`, `varchar`
     Text,
+    /// `name`: a literal beside it becomes one, so it has at most 63 bytes
+    Name,
     /// `character(n)`: trailing blanks do not count in comparisons, but do in `LIKE`
     Char,
     /// `uuid`
@@ -45,6 +47,8 @@ pub enum ColumnType {
     Jsonb,
     /// An enum: equality and `IN` with literals
     Enum,
+    /// A composite type: nothing, since its `IS NULL` asks for its fields
+    Composite,
     /// Anything else: only `IS NULL`
     Other,
 }
@@ -67,6 +71,9 @@ impl ColumnType {
         if typtype == 'e' {
             return Self::Enum;
         }
+        if typtype == 'c' {
+            return Self::Composite;
+        }
         if typtype != 'b' {
             return Self::Other;
         }
@@ -78,7 +85,8 @@ impl ColumnType {
             "numeric" => Self::Numeric,
             "float4" => Self::Float4,
             "float8" => Self::Float8,
-            "text" | "varchar" | "name" => Self::Text,
+            "text" | "varchar" => Self::Text,
+            "name" => Self::Name,
             "bpchar" => Self::Char,
             "uuid" => Self::Uuid,
             "date" => Self::Date,
@@ -104,6 +112,7 @@ impl ColumnType {
             Self::Float4 => "real",
             Self::Float8 => "double precision",
             Self::Text => "text",
+            Self::Name => "name",
             Self::Char => "character",
             Self::Uuid => "uuid",
             Self::Date => "date",
@@ -115,12 +124,18 @@ impl ColumnType {
             Self::Json => "json",
             Self::Jsonb => "jsonb",
             Self::Enum => "an enum",
+            Self::Composite => "a composite type",
             Self::Other => "a type without comparisons here",
         }
     }
 
     pub(super) fn is_float(self) -> bool {
         matches!(self, Self::Float4 | Self::Float8)
+    }
+
+    /// Kept as text.
+    pub(super) fn is_text(self) -> bool {
+        matches!(self, Self::Text | Self::Name)
     }
 
     pub(super) fn is_json(self) -> bool {
@@ -131,10 +146,10 @@ impl ColumnType {
         match self {
             Self::Bool => Category::Boolean,
             Self::Int2 | Self::Int4 | Self::Int8 | Self::Numeric | Self::Float4 | Self::Float8 => Category::Numeric,
-            Self::Text | Self::Char => Category::String,
+            Self::Text | Self::Name | Self::Char => Category::String,
             Self::Date | Self::Time | Self::TimeTz | Self::Timestamp | Self::TimestampTz => Category::DateTime,
             Self::Interval => Category::Timespan,
-            Self::Uuid | Self::Json | Self::Jsonb | Self::Enum | Self::Other => Category::None,
+            Self::Uuid | Self::Json | Self::Jsonb | Self::Enum | Self::Composite | Self::Other => Category::None,
         }
     }
 
@@ -166,8 +181,9 @@ impl ColumnType {
         }
         matches!(
             (self, target),
-            (Self::Text, Self::Char)
-                | (Self::Char, Self::Text)
+            (Self::Text, Self::Char | Self::Name)
+                | (Self::Char, Self::Text | Self::Name)
+                | (Self::Name, Self::Text)
                 | (Self::Date, Self::Timestamp | Self::TimestampTz)
                 | (Self::Timestamp, Self::TimestampTz)
                 | (Self::Time, Self::TimeTz)
@@ -180,10 +196,10 @@ impl ColumnType {
             return true;
         }
         match (self, other) {
-            (Self::Json | Self::Jsonb | Self::Other, _) => false,
+            (Self::Json | Self::Jsonb | Self::Composite | Self::Other, _) => false,
             // Two enum columns may be of different types, which Postgres refuses; nobody can tell here.
             (Self::Enum, _) => false,
-            (Self::Text | Self::Char, Self::Text | Self::Char) => true,
+            (Self::Text | Self::Name | Self::Char, Self::Text | Self::Name | Self::Char) => true,
             (Self::Date | Self::Timestamp | Self::TimestampTz, Self::Date | Self::Timestamp | Self::TimestampTz) => {
                 true
             }
@@ -226,6 +242,8 @@ mod tests {
     fn types_are_known_by_their_catalog_names() {
         assert_eq!(ColumnType::from_postgres("varchar", 'b'), ColumnType::Text);
         assert_eq!(ColumnType::from_postgres("bpchar", 'b'), ColumnType::Char);
+        assert_eq!(ColumnType::from_postgres("name", 'b'), ColumnType::Name);
+        assert_eq!(ColumnType::from_postgres("text", 'c'), ColumnType::Composite);
         assert_eq!(ColumnType::from_postgres("order_status", 'e'), ColumnType::Enum);
         assert_eq!(ColumnType::from_postgres("text", 'd'), ColumnType::Other);
         assert_eq!(ColumnType::from_postgres("_int4", 'b'), ColumnType::Other);

@@ -11,18 +11,16 @@
 //!
 //! Invariants: hostile text is refused with a position and never panics, overflows the stack or
 //! costs more than its length; a compiled filter cannot fail; where it gives an answer, Postgres
-//! gives the same (tried against Postgres itself in `tests/it/filter.rs`). Known
-//! differences, all of them where Postgres would raise an error at run time or where JSON cannot
-//! tell: a cast that fails (`payload->>'n'` is not a number) is NULL; a `json` column that holds JSON's
-//! `null` is taken for SQL's NULL, since `to_json` renders both alike. Text is ordered by its
-//! bytes and `ILIKE` folds ASCII (collation "C"); times without an offset are UTC; of Postgres's
-//! many forms of dates only ISO is read.
+//! gives the same (tried against Postgres itself in `tests/it/filter.rs`). What differs is listed in
+//! the protocol ("`where`"): where Postgres would raise an error at run time, where JSON cannot tell,
+//! and forms of text that depend on a session or on the clock, which are not read.
 //!
 //! Pure: no I/O, no clock, no catalog. The caller brings columns and row images.
 
 mod canonical;
 mod constant;
 mod decimal;
+mod digits;
 mod eval;
 mod index;
 mod interval;
@@ -34,6 +32,7 @@ mod moment;
 mod operand;
 mod parse;
 mod plan;
+mod server;
 mod syntax;
 mod typename;
 mod value;
@@ -42,6 +41,7 @@ use std::fmt;
 
 pub use index::{IndexConjunct, IndexKey, index_key_of};
 pub use kind::ColumnType;
+pub use server::Server;
 
 /// Bytes of a condition's text that are accepted unless the caller asks for less. Bounds the syntax
 /// tree before it is built.
@@ -92,19 +92,34 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Parses `text` and checks it against one table's columns. Identifiers fold as in SQL.
+    /// Parses `text` and checks it against one table's columns. Identifiers fold as in SQL. What
+    /// only newer servers read is not read; see [`Filter::compile_for`].
     ///
     /// # Errors
     /// The text is longer than [`MAX_FILTER_BYTES`], is not of the language, names a column that is
     /// not there, or mixes types as Postgres would refuse; with the position of the token to blame.
     pub fn compile(text: &str, columns: &[Column]) -> Result<Self, FilterError> {
-        if text.len() > MAX_FILTER_BYTES {
-            let reason = format!("the condition has {} bytes, at most {MAX_FILTER_BYTES} are allowed", text.len());
-            return Err(FilterError::new(1, reason));
-        }
+        Self::compile_for(text, columns, Server::default())
+    }
+
+    /// As [`Filter::compile`], with the forms of literals that `server` reads.
+    ///
+    /// # Errors
+    /// As [`Filter::compile`].
+    pub fn compile_for(text: &str, columns: &[Column], server: Server) -> Result<Self, FilterError> {
+        check_length(text)?;
         let syntax = parse::parse(text)?;
-        let plan::Plan { root, columns } = plan::plan(&syntax, columns)?;
+        let plan::Plan { root, columns } = plan::plan(&syntax, columns, server)?;
         Ok(Self { canonical: canonical::text(&root), index: index::conjunct(&root), root, columns })
+    }
+
+    /// Checks the language alone, where the columns are not known.
+    ///
+    /// # Errors
+    /// As [`Filter::compile`], as far as they need no columns.
+    pub fn check_syntax(text: &str) -> Result<(), FilterError> {
+        check_length(text)?;
+        parse::parse(text).map(|_| ())
     }
 
     /// The columns of domain events (tables `event:…`).
@@ -135,6 +150,13 @@ impl Filter {
         }
     }
 
+    /// Whether it is plain that no row satisfies the condition: `false`, `id = NULL`.
+    #[must_use]
+    pub fn matches_nothing(&self) -> bool {
+        let never = matches!(self.root, plan::Node::Const(Some(false) | None));
+        never || self.index.as_ref().is_some_and(|conjunct| conjunct.keys.is_empty())
+    }
+
     /// Names of the columns that the condition refers to, each once.
     pub fn columns(&self) -> impl Iterator<Item = &str> {
         self.columns.iter().map(String::as_str)
@@ -151,6 +173,14 @@ impl Filter {
     }
 }
 
+fn check_length(text: &str) -> Result<(), FilterError> {
+    if text.len() > MAX_FILTER_BYTES {
+        let reason = format!("the condition has {} bytes, at most {MAX_FILTER_BYTES} are allowed", text.len());
+        return Err(FilterError::new(1, reason));
+    }
+    Ok(())
+}
+
 /// Why a condition is refused, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FilterError {
@@ -158,11 +188,13 @@ pub struct FilterError {
     pub position: usize,
     /// Cause, and what to do.
     pub reason: String,
+    /// The cause is a column that is not there.
+    pub unknown_column: bool,
 }
 
 impl FilterError {
     fn new(position: usize, reason: String) -> Self {
-        Self { position, reason }
+        Self { position, reason, unknown_column: false }
     }
 }
 

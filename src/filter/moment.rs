@@ -3,11 +3,12 @@
 //!
 //! Reads the ISO forms (`2026-11-20`, `2026-11-20T10:00:00.5+02:00`, `0044-03-15 BC`,
 //! `infinity`), which is all that Postgres writes under `DateStyle=ISO`, and what people write in
-//! a condition. Postgres's other input forms (`Jan 8, 1999`, `now`, zone names) are refused. No
-//! zone database and no clock: a time without an offset is UTC.
+//! a condition, `20261120` and `epoch` among it. Postgres's other input forms (`Jan 8, 1999`, `now`,
+//! zone names) are refused. No zone database and no clock: a time without an offset is UTC.
 
 use std::cmp::Ordering;
 
+use super::server::Server;
 use super::value::Fault;
 
 /// `-infinity` and `infinity` of timestamps, as Postgres stores them.
@@ -32,6 +33,10 @@ const INSTANTS_END: i64 = 9_223_371_331_200_000_000;
 const MAX_OFFSET_HOURS: i64 = 15;
 /// Digits of a year; the last date has seven.
 const MAX_YEAR_DIGITS: usize = 7;
+/// Digits of `YYYYMMDD`.
+const COMPACT_DIGITS: usize = 8;
+/// 1970-01-01.
+const UNIX_EPOCH: i64 = -10_957;
 
 /// A `time with time zone`. Ordered by its UTC time, then by its zone, west above east.
 #[derive(Clone, Copy, Debug)]
@@ -80,8 +85,8 @@ pub(super) fn day_of(instant: i64) -> i32 {
 }
 
 /// `date`; a time of day after it is checked and dropped, as Postgres does.
-pub(super) fn parse_date(text: &str) -> Result<i32, Fault> {
-    if let Some(sign) = parse_infinity(text) {
+pub(super) fn parse_date(text: &str, server: Server) -> Result<i32, Fault> {
+    if let Some(sign) = parse_infinity(text, server) {
         return Ok(if sign < 0 { DATE_MIN } else { DATE_MAX });
     }
     let stamp = parse_stamp(text)?;
@@ -92,17 +97,17 @@ pub(super) fn parse_date(text: &str) -> Result<i32, Fault> {
 }
 
 /// `timestamp`: an offset in the text is ignored, as Postgres does.
-pub(super) fn parse_timestamp(text: &str) -> Result<i64, Fault> {
-    parse_instant(text, false)
+pub(super) fn parse_timestamp(text: &str, server: Server) -> Result<i64, Fault> {
+    parse_instant(text, false, server)
 }
 
 /// `timestamp with time zone`: an offset in the text counts, without one the text is UTC.
-pub(super) fn parse_timestamptz(text: &str) -> Result<i64, Fault> {
-    parse_instant(text, true)
+pub(super) fn parse_timestamptz(text: &str, server: Server) -> Result<i64, Fault> {
+    parse_instant(text, true, server)
 }
 
-fn parse_instant(text: &str, zoned: bool) -> Result<i64, Fault> {
-    if let Some(sign) = parse_infinity(text) {
+fn parse_instant(text: &str, zoned: bool, server: Server) -> Result<i64, Fault> {
+    if let Some(sign) = parse_infinity(text, server) {
         return Ok(if sign < 0 { INSTANT_MIN } else { INSTANT_MAX });
     }
     let stamp = parse_stamp(text)?;
@@ -133,9 +138,12 @@ pub(super) fn parse_zoned_time(text: &str) -> Result<ZonedTime, Fault> {
     Ok(ZonedTime { micros, offset: offset.unwrap_or(0) })
 }
 
-fn parse_infinity(text: &str) -> Option<i8> {
+fn parse_infinity(text: &str, server: Server) -> Option<i8> {
     let text = text.trim_matches(is_blank);
-    if text.eq_ignore_ascii_case("infinity") {
+    let signed = server.reads_signed_infinity();
+    if signed && text.eq_ignore_ascii_case("+infinity") {
+        Some(1)
+    } else if text.eq_ignore_ascii_case("infinity") {
         Some(1)
     } else if text.eq_ignore_ascii_case("-infinity") {
         Some(-1)
@@ -152,15 +160,21 @@ struct Stamp {
 
 fn parse_stamp(text: &str) -> Result<Stamp, Fault> {
     let mut scan = Scan::new(text);
-    let year_digits = scan.digits();
-    if !(4..=MAX_YEAR_DIGITS).contains(&year_digits.len()) {
-        return Err(Fault::Syntax);
+    if text.trim_matches(is_blank).eq_ignore_ascii_case("epoch") {
+        return Ok(Stamp { days: UNIX_EPOCH, micros: 0, offset: None });
     }
-    let year = number(year_digits);
-    scan.expect(b'-')?;
-    let month = scan.one_or_two()?;
-    scan.expect(b'-')?;
-    let day = scan.one_or_two()?;
+    let year_digits = scan.digits();
+    let (year, month, day) = if year_digits.len() == COMPACT_DIGITS {
+        let (year, rest) = year_digits.split_at(4);
+        (number(year), number(&rest[..2]), number(&rest[2..]))
+    } else if (4..=MAX_YEAR_DIGITS).contains(&year_digits.len()) {
+        scan.expect(b'-')?;
+        let month = scan.one_or_two()?;
+        scan.expect(b'-')?;
+        (number(year_digits), month, scan.one_or_two()?)
+    } else {
+        return Err(Fault::Syntax);
+    };
     let mut micros = 0;
     let mut offset = None;
     let separated = scan.blanks() || scan.letter_t();
@@ -356,21 +370,21 @@ mod tests {
 
     #[test]
     fn the_epoch_is_the_first_of_january_2000() {
-        assert_eq!(parse_date("2000-01-01").ok(), Some(0));
-        assert_eq!(parse_date("1970-01-01").ok(), Some(-10_957));
-        assert_eq!(parse_date("2000-03-01").ok(), Some(60));
-        assert_eq!(parse_date("4714-11-24 BC").ok(), Some(-2_451_545));
-        assert_eq!(parse_date("4714-11-23 BC").ok(), None);
-        assert_eq!(parse_date("5874897-12-31").map(i64::from).ok(), Some(DAYS_END - 1));
+        assert_eq!(parse_date("2000-01-01", Server::default()).ok(), Some(0));
+        assert_eq!(parse_date("1970-01-01", Server::default()).ok(), Some(-10_957));
+        assert_eq!(parse_date("2000-03-01", Server::default()).ok(), Some(60));
+        assert_eq!(parse_date("4714-11-24 BC", Server::default()).ok(), Some(-2_451_545));
+        assert_eq!(parse_date("4714-11-23 BC", Server::default()).ok(), None);
+        assert_eq!(parse_date("5874897-12-31", Server::default()).map(i64::from).ok(), Some(DAYS_END - 1));
     }
 
     #[test]
     fn offsets_count_only_where_the_type_has_a_zone() {
         let text = "2000-01-01 02:00:00+02";
-        assert_eq!(parse_timestamptz(text).ok(), Some(0));
-        assert_eq!(parse_timestamp(text).ok(), Some(2 * MICROS_PER_HOUR));
-        assert_eq!(parse_timestamptz("2000-01-01T00:00:00Z").ok(), Some(0));
-        assert_eq!(parse_timestamptz("1999-12-31T18:30-0530").ok(), Some(0));
+        assert_eq!(parse_timestamptz(text, Server::default()).ok(), Some(0));
+        assert_eq!(parse_timestamp(text, Server::default()).ok(), Some(2 * MICROS_PER_HOUR));
+        assert_eq!(parse_timestamptz("2000-01-01T00:00:00Z", Server::default()).ok(), Some(0));
+        assert_eq!(parse_timestamptz("1999-12-31T18:30-0530", Server::default()).ok(), Some(0));
     }
 
     #[test]
@@ -380,7 +394,7 @@ mod tests {
             "2000-13-01",
             "2000-00-01",
             "0000-01-01",
-            "20000101",
+            "2000011",
             "2000-01-01 25:00",
             "2000-01-01 10:60",
             "2000-01-01 10:00 Mars/Base",
@@ -390,14 +404,14 @@ mod tests {
             "2000-01-01 10:00+16",
             "99-01-01",
         ] {
-            assert!(parse_timestamptz(text).is_err(), "{text}");
+            assert!(parse_timestamptz(text, Server::default()).is_err(), "{text}");
         }
     }
 
     #[test]
     fn infinity_lies_beyond_every_date() {
-        assert_eq!(parse_date("-infinity").ok(), Some(DATE_MIN));
-        let last = parse_date("5874897-12-31").expect("the last date");
+        assert_eq!(parse_date("-infinity", Server::default()).ok(), Some(DATE_MIN));
+        let last = parse_date("5874897-12-31", Server::default()).expect("the last date");
         assert!(midnight(last) < midnight(DATE_MAX));
         assert!(midnight(last) >= INSTANTS_END);
     }

@@ -11,6 +11,7 @@ use super::constant::{cast_constant, convert, literal, reason};
 use super::json::Step;
 use super::kind::ColumnType;
 use super::plan::{Node, Scalar};
+use super::server::Server;
 use super::syntax::Comparison;
 use super::value::{self, Fault, Value};
 
@@ -18,6 +19,7 @@ use super::value::{self, Fault, Value};
 pub(super) struct Operand {
     at: usize,
     form: Form,
+    server: Server,
 }
 
 #[derive(Clone, Debug)]
@@ -28,16 +30,16 @@ enum Form {
 }
 
 impl Operand {
-    pub(super) fn untyped(at: usize, text: Option<String>) -> Self {
-        Self { at, form: Form::Untyped(text) }
+    pub(super) fn untyped(at: usize, text: Option<String>, server: Server) -> Self {
+        Self { at, form: Form::Untyped(text), server }
     }
 
-    pub(super) fn typed(at: usize, scalar: Scalar, kind: ColumnType) -> Self {
-        Self { at, form: Form::Typed(scalar, kind) }
+    pub(super) fn typed(at: usize, scalar: Scalar, kind: ColumnType, server: Server) -> Self {
+        Self { at, form: Form::Typed(scalar, kind), server }
     }
 
-    pub(super) fn constant(at: usize, value: Value<'static>, kind: ColumnType) -> Self {
-        Self::typed(at, Scalar::Const(Some(value), kind), kind)
+    pub(super) fn constant(at: usize, value: Value<'static>, kind: ColumnType, server: Server) -> Self {
+        Self::typed(at, Scalar::Const(Some(value), kind), kind, server)
     }
 
     pub(super) fn kind(&self) -> Option<ColumnType> {
@@ -71,7 +73,7 @@ impl Operand {
         let at = self.at;
         match self.form {
             Form::Untyped(None) => Ok(Node::Const(None)),
-            Form::Untyped(Some(text)) => match literal(at, &text, ColumnType::Bool)? {
+            Form::Untyped(Some(text)) => match literal(at, &text, ColumnType::Bool, self.server)? {
                 Value::Bool(value) => Ok(Node::Const(Some(value))),
                 _ => Ok(Node::Const(None)),
             },
@@ -102,23 +104,24 @@ impl Operand {
             Some(_) => return Err(refused()),
             None => None,
         };
-        Ok(Self::typed(at, Scalar::Const(value, kind), kind))
+        Ok(Self::typed(at, Scalar::Const(value, kind), kind, self.server))
     }
 
     /// `self::target`.
     pub(super) fn cast(self, at: usize, target: ColumnType) -> Result<Self, FilterError> {
+        let server = self.server;
         let scalar = match self.form {
             Form::Untyped(None) => Scalar::Const(None, target),
-            Form::Untyped(Some(text)) => Scalar::Const(Some(literal(self.at, &text, target)?), target),
+            Form::Untyped(Some(text)) => Scalar::Const(Some(literal(self.at, &text, target, server)?), target),
             Form::Typed(scalar, kind) if kind == target => scalar,
             Form::Typed(Scalar::Const(None, _), _) => Scalar::Const(None, target),
             Form::Typed(Scalar::Const(Some(Value::Text(text)), _), ColumnType::Text) => {
-                Scalar::Const(Some(literal(self.at, &text, target)?), target)
+                Scalar::Const(Some(literal(self.at, &text, target, server)?), target)
             }
             Form::Typed(Scalar::Const(Some(value), from), _) => {
                 Scalar::Const(Some(cast_constant(at, value, from, target)?), target)
             }
-            Form::Typed(scalar, ColumnType::Text) => Scalar::Cast(Box::new(scalar), target),
+            Form::Typed(scalar, kind) if kind.is_text() => Scalar::Cast(Box::new(scalar), target, server),
             Form::Typed(_, kind) => {
                 return Err(FilterError::new(
                     at,
@@ -129,11 +132,12 @@ impl Operand {
                 ));
             }
         };
-        Ok(Self::typed(at, scalar, target))
+        Ok(Self::typed(at, scalar, target, server))
     }
 
     /// `self -> key` or `self ->> key`.
     pub(super) fn step(self, at: usize, key: Self, text: bool) -> Result<Self, FilterError> {
+        let server = self.server;
         let step = key.into_step()?;
         let refused = |what: &str| {
             FilterError::new(at, format!("-> and ->> take a json or jsonb column on their left, not {what}"))
@@ -155,7 +159,7 @@ impl Operand {
             }
             _ => return Err(refused("a literal")),
         };
-        Ok(Self::typed(at, scalar, result))
+        Ok(Self::typed(at, scalar, result, server))
     }
 
     fn into_step(self) -> Result<Step, FilterError> {
@@ -181,12 +185,21 @@ impl Operand {
     pub(super) fn into_like_item(self, at: usize) -> Result<Scalar, FilterError> {
         match self.form {
             Form::Typed(Scalar::Column(name, ColumnType::Char), _) => Ok(Scalar::Column(name, ColumnType::Text)),
-            Form::Typed(scalar, ColumnType::Text) => Ok(scalar),
+            Form::Typed(scalar, kind) if kind.is_text() => Ok(scalar),
             Form::Untyped(_) => Ok(self.into_scalar()),
             Form::Typed(_, kind) => {
                 Err(FilterError::new(at, format!("LIKE and ILIKE take text, not {}", kind.sql_name())))
             }
         }
+    }
+
+    /// What `IS NULL` asks.
+    pub(super) fn into_null_test(self, at: usize) -> Result<Node, FilterError> {
+        if self.kind() == Some(ColumnType::Composite) {
+            let reason = "IS NULL of a composite value asks for its fields, which is not part of the language";
+            return Err(FilterError::new(at, reason.to_owned()));
+        }
+        Ok(Node::IsNull(self.into_scalar()))
     }
 
     pub(super) fn into_literal_text(self, what: &str) -> Result<Option<String>, FilterError> {
@@ -200,14 +213,14 @@ impl Operand {
 }
 
 /// A numeric literal: the narrowest of integer, bigint and numeric, as in Postgres.
-pub(super) fn number(at: usize, digits: &str) -> Result<Operand, FilterError> {
+pub(super) fn number(at: usize, digits: &str, server: Server) -> Result<Operand, FilterError> {
     for kind in [ColumnType::Int4, ColumnType::Int8] {
-        if let Ok(value) = value::read(kind, digits) {
-            return Ok(Operand::constant(at, value.into_owned(), kind));
+        if let Ok(value) = value::read(kind, digits, server) {
+            return Ok(Operand::constant(at, value.into_owned(), kind, server));
         }
     }
-    let value = literal(at, digits, ColumnType::Numeric)?;
-    Ok(Operand::constant(at, value, ColumnType::Numeric))
+    let value = literal(at, digits, ColumnType::Numeric, server)?;
+    Ok(Operand::constant(at, value, ColumnType::Numeric, server))
 }
 
 /// Both sides of a comparison as one type or as two that compare.
@@ -219,15 +232,15 @@ pub(super) fn resolve(
 ) -> Result<(Scalar, Scalar), FilterError> {
     match (left.form, right.form) {
         (Form::Untyped(left_text), Form::Untyped(right_text)) => Ok((
-            Operand::untyped(left.at, left_text).into_scalar(),
-            Operand::untyped(right.at, right_text).into_scalar(),
+            Operand::untyped(left.at, left_text, left.server).into_scalar(),
+            Operand::untyped(right.at, right_text, right.server).into_scalar(),
         )),
         (Form::Typed(scalar, kind), Form::Untyped(text)) => {
-            let constant = beside(right.at, text, kind, comparison, at)?;
+            let constant = beside((right.at, right.server), text, kind, comparison, at)?;
             Ok((scalar, constant))
         }
         (Form::Untyped(text), Form::Typed(scalar, kind)) => {
-            let constant = beside(left.at, text, kind, comparison, at)?;
+            let constant = beside((left.at, left.server), text, kind, comparison, at)?;
             Ok((constant, scalar))
         }
         (Form::Typed(left_scalar, left_kind), Form::Typed(right_scalar, right_kind)) => {
@@ -244,13 +257,15 @@ pub(super) fn resolve(
 pub(super) fn list(item: Operand, constants: Vec<Operand>, common: ColumnType, at: usize) -> Result<Node, FilterError> {
     let mut list = Vec::with_capacity(constants.len());
     let mut has_null = false;
+    let server = item.server;
     let item_kind = item.kind().unwrap_or(common);
     for constant in constants {
         let value = match constant.form {
-            Form::Untyped(text) => beside(constant.at, text, common, Comparison::Equal, at)?,
-            Form::Typed(Scalar::Const(value, kind), _) => {
+            Form::Untyped(text) => beside((constant.at, server), text, common, Comparison::Equal, at)?,
+            Form::Typed(Scalar::Const(value, _), _) => {
                 let value = value.map(|value| convert(value, common)).transpose();
-                Scalar::Const(value.map_err(|fault| reason(constant.at, fault, "the number", kind))?, common)
+                let what = if common == ColumnType::Name { "the string" } else { "the number" };
+                Scalar::Const(value.map_err(|fault| reason(constant.at, fault, what, common))?, common)
             }
             Form::Typed(scalar, _) => scalar,
         };
@@ -259,7 +274,7 @@ pub(super) fn list(item: Operand, constants: Vec<Operand>, common: ColumnType, a
             _ => has_null = true,
         }
     }
-    let stand_in = Operand::typed(at, Scalar::Const(None, common), common);
+    let stand_in = Operand::typed(at, Scalar::Const(None, common), common, server);
     let item = match common {
         // Only literals meet an enum, and only an enum makes the common type one.
         ColumnType::Enum => item.into_scalar(),
@@ -272,7 +287,7 @@ pub(super) fn list(item: Operand, constants: Vec<Operand>, common: ColumnType, a
 
 /// An untyped literal as a constant of the type of the other side.
 fn beside(
-    literal_at: usize,
+    (literal_at, server): (usize, Server),
     text: Option<String>,
     kind: ColumnType,
     comparison: Comparison,
@@ -285,7 +300,7 @@ fn beside(
     if !comparable {
         return Err(no_operator(at, kind, "a literal", comparison));
     }
-    let value = text.map(|text| literal(literal_at, &text, kind)).transpose()?;
+    let value = text.map(|text| literal(literal_at, &text, kind, server)).transpose()?;
     Ok(Scalar::Const(value, kind))
 }
 
@@ -293,6 +308,7 @@ fn no_operator(at: usize, left: ColumnType, right: &str, comparison: Comparison)
     let advice = match left {
         ColumnType::Json | ColumnType::Jsonb => "compare one of its fields as text: column ->> 'field'",
         ColumnType::Enum => "an enum is compared with string literals, by =, <> and IN",
+        ColumnType::Composite => "a column of a composite type is not part of the language",
         ColumnType::Other => "a column of this type can only be tested by IS NULL",
         _ => "write the literal as the column's type, or cast it",
     };
@@ -305,7 +321,8 @@ fn no_operator(at: usize, left: ColumnType, right: &str, comparison: Comparison)
 /// `character(n)` beside a column of text: Postgres decides by whether that is `text` or
 /// `varchar`, which is not known here.
 fn check_strings(at: usize, left: (&Scalar, ColumnType), right: (&Scalar, ColumnType)) -> Result<(), FilterError> {
-    let is_text_column = |side: (&Scalar, ColumnType)| matches!(side, (Scalar::Column(..), ColumnType::Text));
+    let is_text_column =
+        |side: (&Scalar, ColumnType)| matches!(side, (Scalar::Column(..), ColumnType::Text | ColumnType::Name));
     let is_padded = |side: (&Scalar, ColumnType)| side.1 == ColumnType::Char;
     if is_padded(left) && is_text_column(right) || is_text_column(left) && is_padded(right) {
         let reason = "a character(n) column and a text column do not compare here; compare each with a literal";

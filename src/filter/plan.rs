@@ -9,6 +9,7 @@ use super::json::Step;
 use super::kind::{ColumnType, common_type};
 use super::like::Pattern;
 use super::operand::{self, Operand};
+use super::server::Server;
 use super::syntax::{Comparison, Kind, Syntax};
 use super::value::Value;
 use super::{Column, FilterError};
@@ -59,7 +60,7 @@ pub(super) enum Scalar {
         text: bool,
     },
     /// Text read as another type; what cannot be read is NULL.
-    Cast(Box<Scalar>, ColumnType),
+    Cast(Box<Scalar>, ColumnType, Server),
     Truth(Box<Node>),
 }
 
@@ -69,7 +70,7 @@ impl Scalar {
         match self {
             Self::Const(Some(Value::Text(text)), _) => text.len(),
             Self::Path { steps, .. } => steps.iter().map(Step::text_bytes).sum(),
-            Self::Cast(inner, _) => inner.text_bytes(),
+            Self::Cast(inner, ..) => inner.text_bytes(),
             Self::Const(..) | Self::Column(..) | Self::Truth(_) => 0,
         }
     }
@@ -81,14 +82,15 @@ pub(super) struct Plan {
     pub(super) columns: Vec<String>,
 }
 
-pub(super) fn plan(syntax: &Syntax, columns: &[Column]) -> Result<Plan, FilterError> {
-    let mut planner = Planner { columns, used: Vec::new(), nodes: 0 };
+pub(super) fn plan(syntax: &Syntax, columns: &[Column], server: Server) -> Result<Plan, FilterError> {
+    let mut planner = Planner { columns, server, used: Vec::new(), nodes: 0 };
     let root = planner.condition(syntax)?;
     Ok(Plan { root, columns: planner.used })
 }
 
 pub(super) struct Planner<'c> {
     columns: &'c [Column],
+    server: Server,
     used: Vec<String>,
     nodes: usize,
 }
@@ -108,7 +110,7 @@ impl Planner<'_> {
             Kind::In(item, elements) => self.in_list(syntax.at, item, elements),
             Kind::Between { item, low, high, symmetric } => self.between(syntax.at, item, (low, high), *symmetric),
             Kind::Like { item, pattern, escape, fold } => self.like(syntax.at, item, pattern, escape.as_deref(), *fold),
-            Kind::IsNull(inner) => Ok(Node::IsNull(self.operand(inner)?.into_scalar())),
+            Kind::IsNull(inner) => self.operand(inner)?.into_null_test(syntax.at),
             Kind::IsTruth(inner, truth) => Ok(Node::IsTruth(Box::new(self.condition(inner)?), *truth)),
             Kind::Not(inner) => Ok(negation(self.condition(inner)?)),
             Kind::And(parts) => Ok(Node::And(self.conditions(parts)?)),
@@ -126,13 +128,13 @@ impl Planner<'_> {
         self.count(syntax.at)?;
         let at = syntax.at;
         match &syntax.kind {
-            Kind::Null => Ok(Operand::untyped(at, None)),
-            Kind::Text(text) => Ok(Operand::untyped(at, Some(text.clone()))),
-            Kind::Bool(value) => Ok(Operand::constant(at, Value::Bool(*value), ColumnType::Bool)),
-            Kind::Number(digits) => operand::number(at, digits),
+            Kind::Null => Ok(Operand::untyped(at, None, self.server)),
+            Kind::Text(text) => Ok(Operand::untyped(at, Some(text.clone()), self.server)),
+            Kind::Bool(value) => Ok(Operand::constant(at, Value::Bool(*value), ColumnType::Bool, self.server)),
+            Kind::Number(digits) => operand::number(at, digits, self.server),
             Kind::Column(name) => {
                 let kind = self.column(at, name)?;
-                Ok(Operand::typed(at, Scalar::Column(name.as_str().into(), kind), kind))
+                Ok(Operand::typed(at, Scalar::Column(name.as_str().into(), kind), kind, self.server))
             }
             Kind::Negated(inner) => self.operand(inner)?.negated(at),
             Kind::Cast(inner, kind) => self.operand(inner)?.cast(at, *kind),
@@ -143,14 +145,15 @@ impl Planner<'_> {
             }
             _ => {
                 let node = self.condition(syntax)?;
-                Ok(Operand::typed(at, Scalar::Truth(Box::new(node)), ColumnType::Bool))
+                Ok(Operand::typed(at, Scalar::Truth(Box::new(node)), ColumnType::Bool, self.server))
             }
         }
     }
 
     fn column(&mut self, at: usize, name: &str) -> Result<ColumnType, FilterError> {
         let Some(column) = self.columns.iter().find(|column| column.name == name) else {
-            return Err(FilterError::new(at, self.unknown_column(name)));
+            let error = FilterError::new(at, self.unknown_column(name));
+            return Err(FilterError { unknown_column: true, ..error });
         };
         if !self.used.iter().any(|used| used == name) {
             self.used.push(name.to_owned());

@@ -9,10 +9,12 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use super::decimal::{Decimal, OwnedDecimal};
+use super::digits;
 use super::interval;
 use super::json;
 use super::kind::ColumnType;
 use super::moment::{self, ZonedTime};
+use super::server::Server;
 
 /// Why a text is not a value of a type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,7 +158,7 @@ fn compare_floats(left: f64, right: f64) -> Ordering {
 /// row from before a change of the column's type).
 pub(super) fn from_json(kind: ColumnType, raw: &str) -> Option<Value<'_>> {
     match kind {
-        ColumnType::Text | ColumnType::Enum => json::string_content(raw).map(Value::Text),
+        ColumnType::Text | ColumnType::Name | ColumnType::Enum => json::string_content(raw).map(Value::Text),
         ColumnType::Int2 | ColumnType::Int4 | ColumnType::Int8 => raw.parse().ok().map(Value::Int),
         ColumnType::Bool => match raw {
             "true" => Some(Value::Bool(true)),
@@ -166,11 +168,11 @@ pub(super) fn from_json(kind: ColumnType, raw: &str) -> Option<Value<'_>> {
         ColumnType::Numeric => Decimal::parse(unquoted(raw)).ok().map(Value::Decimal),
         ColumnType::Char => json::string_content(raw).map(|text| Value::Text(without_padding(text))),
         ColumnType::Json | ColumnType::Jsonb => Some(Value::Json),
-        ColumnType::Other => None,
+        ColumnType::Composite | ColumnType::Other => None,
         _ => match json::string_content(raw) {
-            Some(Cow::Borrowed(text)) => read(kind, text).ok(),
-            Some(Cow::Owned(text)) => read(kind, &text).ok().map(Value::into_owned),
-            None => read(kind, raw).ok(),
+            Some(Cow::Borrowed(text)) => read(kind, text, Server::ANY).ok(),
+            Some(Cow::Owned(text)) => read(kind, &text, Server::ANY).ok().map(Value::into_owned),
+            None => read(kind, raw, Server::ANY).ok(),
         },
     }
 }
@@ -193,26 +195,26 @@ fn without_padding(text: Cow<'_, str>) -> Cow<'_, str> {
 
 /// Reads `text` as Postgres's input function of the type does. Not for json, and for enums without
 /// a check of the label.
-pub(super) fn read(kind: ColumnType, text: &str) -> Result<Value<'_>, Fault> {
+pub(super) fn read(kind: ColumnType, text: &str, server: Server) -> Result<Value<'_>, Fault> {
     let trimmed = text.trim_matches(moment::is_blank);
     Ok(match kind {
-        ColumnType::Text | ColumnType::Enum => Value::Text(Cow::Borrowed(text)),
+        ColumnType::Text | ColumnType::Name | ColumnType::Enum => Value::Text(Cow::Borrowed(text)),
         ColumnType::Char => Value::Text(without_padding(Cow::Borrowed(text))),
         ColumnType::Bool => Value::Bool(read_bool(trimmed)?),
-        ColumnType::Int2 => Value::Int(read_int(trimmed, i64::from(i16::MIN), i64::from(i16::MAX))?),
-        ColumnType::Int4 => Value::Int(read_int(trimmed, i64::from(i32::MIN), i64::from(i32::MAX))?),
-        ColumnType::Int8 => Value::Int(read_int(trimmed, i64::MIN, i64::MAX)?),
-        ColumnType::Numeric => Value::Decimal(Decimal::parse(trimmed)?),
+        ColumnType::Int2 => Value::Int(read_int(trimmed, i64::from(i16::MIN), i64::from(i16::MAX), server)?),
+        ColumnType::Int4 => Value::Int(read_int(trimmed, i64::from(i32::MIN), i64::from(i32::MAX), server)?),
+        ColumnType::Int8 => Value::Int(read_int(trimmed, i64::MIN, i64::MAX, server)?),
+        ColumnType::Numeric => read_numeric(trimmed, server)?,
         ColumnType::Float4 => Value::Float(read_float4(trimmed)?),
         ColumnType::Float8 => Value::Float(read_float8(trimmed)?),
         ColumnType::Uuid => Value::Uuid(read_uuid(text)?),
-        ColumnType::Date => Value::Date(moment::parse_date(text)?),
+        ColumnType::Date => Value::Date(moment::parse_date(text, server)?),
         ColumnType::Time => Value::Time(moment::parse_time(text)?),
         ColumnType::TimeTz => Value::ZonedTime(moment::parse_zoned_time(text)?),
-        ColumnType::Timestamp => Value::Instant(moment::parse_timestamp(text)?),
-        ColumnType::TimestampTz => Value::Instant(moment::parse_timestamptz(text)?),
-        ColumnType::Interval => Value::Span(interval::parse(trimmed)?),
-        ColumnType::Json | ColumnType::Jsonb | ColumnType::Other => return Err(Fault::Syntax),
+        ColumnType::Timestamp => Value::Instant(moment::parse_timestamp(text, server)?),
+        ColumnType::TimestampTz => Value::Instant(moment::parse_timestamptz(text, server)?),
+        ColumnType::Interval => Value::Span(interval::parse(trimmed, server)?),
+        ColumnType::Json | ColumnType::Jsonb | ColumnType::Composite | ColumnType::Other => return Err(Fault::Syntax),
     })
 }
 
@@ -230,8 +232,17 @@ fn read_bool(text: &str) -> Result<bool, Fault> {
     }
 }
 
-fn read_int(text: &str, least: i64, greatest: i64) -> Result<i64, Fault> {
+fn read_int(text: &str, least: i64, greatest: i64, server: Server) -> Result<i64, Fault> {
     let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if server.reads_digit_forms() && digits::is_written_otherwise(digits) {
+        let size = digits::read_integer(digits)?;
+        let size = i128::try_from(size).map_err(|_| Fault::Range)?;
+        let value = if text.starts_with('-') { -size } else { size };
+        return match i64::try_from(value) {
+            Ok(value) if (least..=greatest).contains(&value) => Ok(value),
+            _ => Err(Fault::Range),
+        };
+    }
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(Fault::Syntax);
     }
@@ -239,6 +250,16 @@ fn read_int(text: &str, least: i64, greatest: i64) -> Result<i64, Fault> {
         Ok(value) if (least..=greatest).contains(&value) => Ok(value),
         _ => Err(Fault::Range),
     }
+}
+
+fn read_numeric(text: &str, server: Server) -> Result<Value<'_>, Fault> {
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+    if !server.reads_digit_forms() || !digits::is_written_otherwise(digits) {
+        return Decimal::parse(text).map(Value::Decimal);
+    }
+    let plain = digits::plain_numeric(digits)?;
+    let sign = if text.starts_with('-') { "-" } else { "" };
+    Ok(Value::OwnedDecimal(Decimal::parse(&format!("{sign}{plain}"))?.to_owned()))
 }
 
 fn read_float8(text: &str) -> Result<f64, Fault> {
@@ -347,12 +368,12 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_told_from_malformed_ones() {
-        assert_eq!(read(ColumnType::Int2, "32768").err(), Some(Fault::Range));
-        assert_eq!(read(ColumnType::Int8, "1.5").err(), Some(Fault::Syntax));
-        assert_eq!(read(ColumnType::Float8, "1e400").err(), Some(Fault::Range));
-        assert_eq!(read(ColumnType::Float8, "1e-400").err(), Some(Fault::Range));
-        assert!(read(ColumnType::Float8, "-inf").is_ok());
-        assert!(read(ColumnType::Float8, "0e-400").is_ok());
-        assert!(read(ColumnType::Int4, " 7 ").is_ok());
+        assert_eq!(read(ColumnType::Int2, "32768", Server::default()).err(), Some(Fault::Range));
+        assert_eq!(read(ColumnType::Int8, "1.5", Server::default()).err(), Some(Fault::Syntax));
+        assert_eq!(read(ColumnType::Float8, "1e400", Server::default()).err(), Some(Fault::Range));
+        assert_eq!(read(ColumnType::Float8, "1e-400", Server::default()).err(), Some(Fault::Range));
+        assert!(read(ColumnType::Float8, "-inf", Server::default()).is_ok());
+        assert!(read(ColumnType::Float8, "0e-400", Server::default()).is_ok());
+        assert!(read(ColumnType::Int4, " 7 ", Server::default()).is_ok());
     }
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use serde_json::value::RawValue;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, Row};
-use tidewire::filter::{Column, ColumnType, Filter, Outcome, RowImage, index_key_of};
+use tidewire::filter::{Column, ColumnType, Filter, Outcome, RowImage, Server, index_key_of};
 
 use conditions::Dice;
 
@@ -90,24 +90,38 @@ struct Tally {
 ///
 /// Makes a database of its own beside the pool's, with the collation of the language.
 pub(crate) async fn check_against(pool: &PgPool, cases: usize, seed: u64) {
+    in_c(pool, async |connection| check_in(connection, cases, seed).await).await;
+}
+
+/// A database with the collation of the language, with the settings of what rows carry and the oracle.
+async fn in_c(pool: &PgPool, check: impl AsyncFnOnce(&mut PgConnection)) {
     let name: String = sqlx::query_scalar("SELECT current_database() || '_in_c'").fetch_one(pool).await.unwrap();
     let mut owner = pool.acquire().await.unwrap().detach();
     run(&mut owner, &format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)")).await;
     run(&mut owner, &format!("CREATE DATABASE \"{name}\" TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")).await;
     let options = pool.connect_options().as_ref().clone().database(&name);
-    let connection = PgConnection::connect_with(&options).await.unwrap();
-    check_in(connection, cases, seed).await;
+    let mut connection = PgConnection::connect_with(&options).await.unwrap();
+    run(&mut connection, SETTINGS).await;
+    run(&mut connection, ORACLE).await;
+    check(&mut connection).await;
+    connection.close().await.unwrap();
     run(&mut owner, &format!("DROP DATABASE \"{name}\" WITH (FORCE)")).await;
 }
 
-async fn check_in(mut connection: PgConnection, cases: usize, seed: u64) {
-    run(&mut connection, SETTINGS).await;
-    run(&mut connection, "CREATE TYPE filter_status AS ENUM ('new', 'paid', 'on hold', 'Ünïcode \"q\"')").await;
-    run(&mut connection, ORACLE).await;
+/// What the server that answers reads.
+async fn server(connection: &mut PgConnection) -> Server {
+    let number: i32 =
+        sqlx::query_scalar("SELECT current_setting('server_version_num')::int").fetch_one(connection).await.unwrap();
+    Server::from_version_num(number)
+}
+
+async fn check_in(connection: &mut PgConnection, cases: usize, seed: u64) {
+    run(connection, "CREATE TYPE filter_status AS ENUM ('new', 'paid', 'on hold', 'Ünïcode \"q\"')").await;
     let mut dice = Dice::new(seed);
-    run(&mut connection, &conditions::table(&mut dice, ROWS)).await;
-    let columns = columns(&mut connection).await;
-    let images = images(&mut connection).await;
+    run(connection, &conditions::table(&mut dice, ROWS)).await;
+    let server = server(connection).await;
+    let columns = columns(connection).await;
+    let images = images(connection).await;
     let mut tally = Tally::default();
     let mut left = cases;
     while left > 0 {
@@ -115,16 +129,15 @@ async fn check_in(mut connection: PgConnection, cases: usize, seed: u64) {
         left -= batch.len();
         let answers: Vec<String> = sqlx::query_scalar("SELECT * FROM filter_oracle($1)")
             .bind(&batch)
-            .fetch_all(&mut connection)
+            .fetch_all(&mut *connection)
             .await
             .unwrap();
         for (condition, answer) in batch.iter().zip(&answers) {
-            compare(condition, answer, &columns, &images, &mut dice, &mut tally);
+            compare(condition, answer, &columns, &images, server, &mut dice, &mut tally);
         }
     }
     assert!(tally.answered * 2 > cases && tally.truths > cases && tally.undetermined > cases, "{tally:?}");
     assert!(tally.only_we_refused.len() * 20 < cases, "{tally:?}");
-    connection.close().await.unwrap();
 }
 
 async fn run(connection: &mut PgConnection, sql: &str) {
@@ -136,9 +149,10 @@ async fn run(connection: &mut PgConnection, sql: &str) {
 
 async fn columns(connection: &mut PgConnection) -> Vec<Column> {
     sqlx::query(
-        "SELECT attname::text, typname::text, typtype::text
+        "SELECT attname::text, base.typname::text, base.typtype::text
          FROM pg_attribute
-         JOIN pg_type ON pg_type.oid = atttypid
+         JOIN pg_type AS declared ON declared.oid = atttypid
+         JOIN pg_type AS base ON base.oid = CASE declared.typtype WHEN 'd' THEN declared.typbasetype ELSE declared.oid END
          WHERE attrelid = 'filter_rows'::regclass AND attnum > 0
          ORDER BY attnum",
     )
@@ -161,9 +175,17 @@ async fn images(connection: &mut PgConnection) -> Vec<Image> {
     rows.iter().map(|row| Image(serde_json::from_str(row).unwrap())).collect()
 }
 
-fn compare(condition: &str, answer: &str, columns: &[Column], images: &[Image], dice: &mut Dice, tally: &mut Tally) {
+fn compare(
+    condition: &str,
+    answer: &str,
+    columns: &[Column],
+    images: &[Image],
+    server: Server,
+    dice: &mut Dice,
+    tally: &mut Tally,
+) {
     let refused = answer.starts_with("refused: ");
-    let filter = match Filter::compile(condition, columns) {
+    let filter = match Filter::compile_for(condition, columns, server) {
         Ok(filter) => filter,
         Err(_) if refused || !answer.contains(['t', 'f', 'n']) => {
             tally.both_refused += 1;
