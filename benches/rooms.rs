@@ -110,7 +110,14 @@ fn fan_out(criterion: &mut Criterion) {
         let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().expect("metrics"))));
         hub.restart(0, None, None, Epochs::new(vec![EpochStart { epoch: 1, start_seq: 0 }]));
         hub.hold(false);
-        let plan = TablePlan { ops: OpSet::ALL, filter: None, condition: None, mask: ColumnMask::All, columns: None };
+        let plan = TablePlan {
+            ops: OpSet::ALL,
+            filter: None,
+            condition: None,
+            mask: ColumnMask::All,
+            columns: None,
+            basis: None,
+        };
         let taps: Vec<_> = (0..SUBSCRIBERS)
             .map(|_| {
                 let plans = || Plans::Exact([("public.orders".into(), Arc::new(plan.clone()))].into());

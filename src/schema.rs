@@ -4,13 +4,14 @@
 //! leader's look at what has changed since the last event about a table's shape; [`diff`], which is pure, says what that
 //! change was. A table is its OID here: a name may come to mean another table.
 
+pub mod described;
 pub mod diff;
 pub mod registry;
 pub mod watch;
 
 use std::collections::BTreeSet;
 
-use crate::filter::Column;
+use crate::filter::{Column, Server};
 use crate::table_name::TableName;
 
 pub use registry::{Lookup, Registry};
@@ -22,8 +23,12 @@ pub struct TableInfo {
     pub name: TableName,
     /// Its OID.
     pub relid: u32,
+    /// The server that said so.
+    pub server: Server,
     /// All its columns, in their order; types with domains resolved.
     pub columns: Vec<Column>,
+    /// The columns' types as SQL writes them, in the same order.
+    pub declared_types: Vec<String>,
     /// The columns that events carry; None: all of them.
     pub captured: Option<BTreeSet<Box<str>>>,
     /// Whether events carry the row before the change.

@@ -10,7 +10,7 @@ use crate::auth::scope::{ColumnMask, OpSet, TableAccess};
 use crate::event::row::Row;
 use crate::event::{Event, Operation, push_json_string};
 use crate::filter::{Filter, Outcome, RowImage};
-use crate::hub::shape;
+use crate::hub::shape::{self, Basis};
 use crate::mutant::{self, Mutant};
 
 /// One table's part of a subscription.
@@ -26,6 +26,9 @@ pub struct TablePlan {
     pub mask: ColumnMask,
     /// Columns that the subscription wishes for.
     pub columns: Option<Arc<BTreeSet<Box<str>>>>,
+    /// The table as it was when the plan was made, of a subscription that begins now; None: it may have to hear of changes
+    /// before that.
+    pub basis: Option<Arc<Basis>>,
 }
 
 /// How an image stands to filter and condition.
@@ -51,7 +54,7 @@ impl TablePlan {
     #[must_use]
     pub fn of_access(access: &TableAccess, ops: OpSet) -> Self {
         let both = access.ops.iter().filter(|operation| ops.allows(*operation)).collect();
-        Self { ops: both, filter: None, condition: None, mask: access.columns.clone(), columns: None }
+        Self { ops: both, filter: None, condition: None, mask: access.columns.clone(), columns: None, basis: None }
     }
 
     /// Whether events are passed on byte for byte.
@@ -66,8 +69,10 @@ impl TablePlan {
 
     /// Appends the event as this plan shows it; false when it does not show it at all.
     pub fn render(&self, event: &Event, out: &mut Vec<u8>) -> bool {
-        // SCHEMA passes `where` and `ops`: a client must hear that the shape has changed.
-        if event.operation != Operation::Schema && !self.ops.contains(OpSet::of(event.operation)) {
+        if event.operation == Operation::Schema {
+            return self.render_schema(event, out);
+        }
+        if !self.ops.contains(OpSet::of(event.operation)) {
             return false;
         }
         if self.is_plain() {
@@ -93,11 +98,31 @@ impl TablePlan {
         true
     }
 
+    /// SCHEMA passes `where` and `ops`: a client must hear that the shape of what it sees has changed.
+    fn render_schema(&self, event: &Event, out: &mut Vec<u8>) -> bool {
+        if self.mask.is_all() && self.basis.is_none() {
+            event.write_json(out);
+            return true;
+        }
+        let Ok(text) = std::str::from_utf8(&event.body) else { return false };
+        let Ok(body) = Row::parse(text) else { return false };
+        if let Some(after) = body.get("after") {
+            let of_another = self.basis.as_ref().is_some_and(|basis| basis.is_of_another(after));
+            if of_another || shape::masked(after, &self.mask).is_none() {
+                return false;
+            }
+        }
+        let mut rewritten = String::with_capacity(text.len());
+        self.rewrite(event.operation, &body, Show::default(), &mut rewritten);
+        event.write_json_with(out, rewritten.as_bytes(), None);
+        true
+    }
+
     fn judge(&self, event: &Event, body: &Row<'_>) -> Option<Show> {
         if event.omitted {
             return self.condition.is_none().then(Show::default);
         }
-        if matches!(event.operation, Operation::Truncate | Operation::Schema) {
+        if event.operation == Operation::Truncate {
             return Some(Show::default());
         }
         if self.filter.is_none() && self.condition.is_none() {
@@ -180,7 +205,9 @@ impl TablePlan {
             push_json_string(out, name);
             out.push(':');
             match name {
-                "before" | "after" if operation == Operation::Schema => out.push_str(&shape::masked(value, &self.mask)),
+                "before" | "after" if operation == Operation::Schema => {
+                    out.push_str(shape::masked(value, &self.mask).as_deref().unwrap_or("null"));
+                }
                 "before" | "after" if operation != Operation::Event => {
                     self.mask_columns(value, out, |column| self.shows(column));
                 }
@@ -256,12 +283,15 @@ impl RowImage for Row<'_> {
     }
 }
 
-/// A domain event as a row: `aggregate_id`, `event_type`, `payload`.
+/// A domain event as a row: `aggregate_id`, `event_type`, `payload`. It is always whole: what is not there is NULL.
 struct DomainEvent<'a> {
     key: Option<Row<'a>>,
     event_type: Option<&'a str>,
     payload: Option<&'a str>,
 }
+
+/// SQL's NULL in an image.
+const NULL_JSON: &str = "null";
 
 impl<'a> DomainEvent<'a> {
     fn new(body: &Row<'a>) -> Self {
@@ -271,12 +301,13 @@ impl<'a> DomainEvent<'a> {
 
 impl RowImage for DomainEvent<'_> {
     fn column(&self, name: &str) -> Option<&str> {
-        match name {
+        let found = match name {
             "aggregate_id" => self.key.as_ref().and_then(|key| key.get("aggregate_id")),
             "event_type" => self.event_type,
             "payload" => self.payload,
-            _ => None,
-        }
+            _ => return None,
+        };
+        found.or(Some(NULL_JSON))
     }
 }
 

@@ -3,7 +3,9 @@
 //! Pure. The description is what the leader's watcher wrote:
 //! `{"changes":[{"kind":…,"column":…,"from":…,"to":…,"type":…}],"columns":[{"name":…,"type":…}],"relid":…}`.
 //! A column counts as used when the client's `where`, the key's row condition or the client's `columns` names it; clients
-//! of other columns go on.
+//! of other columns go on. Whoever began after a change, but before its SCHEMA event, goes on as well ([`Basis`]).
+//!
+//! What a key may not read is named nowhere: neither in the event nor in the reason why a subscription ends.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -17,6 +19,9 @@ use crate::protocol::message::ResyncReason;
 struct Described {
     #[serde(default)]
     changes: Vec<Change>,
+    // 0: not told.
+    #[serde(default)]
+    relid: u32,
 }
 
 #[derive(Debug, Deserialize)]
@@ -30,11 +35,53 @@ struct Change {
     to: Value,
 }
 
+/// The table as it was when a subscription that begins now was planned. A SCHEMA event comes up to seconds after its
+/// change: one that tells of an earlier table of this name, or of a change that the plan was made after, is no news to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Basis {
+    /// The table's OID.
+    pub relid: u32,
+    /// Its columns: names, and types as SQL writes them.
+    pub columns: Vec<(Box<str>, Box<str>)>,
+}
+
+impl Basis {
+    /// Whether a SCHEMA event, whose `after` is given, tells of another table, which had this name before.
+    #[must_use]
+    pub fn is_of_another(&self, after: &str) -> bool {
+        serde_json::from_str::<Described>(after).is_ok_and(|described| self.differs_from(described.relid))
+    }
+
+    fn differs_from(&self, relid: u32) -> bool {
+        relid != 0 && relid != self.relid
+    }
+
+    /// Whether the columns are as `change` left them, and were otherwise before it.
+    fn knows(&self, change: &Change) -> bool {
+        let (from, to) = (change.from.as_str().unwrap_or_default(), change.to.as_str().unwrap_or_default());
+        match change.kind.as_str() {
+            "rename_column" => self.type_of(to).is_some() && self.type_of(from).is_none(),
+            // Values may have been rewritten under the same type, which columns do not show.
+            "alter_column" => from != to && change.column.as_deref().and_then(|name| self.type_of(name)) == Some(to),
+            _ => false,
+        }
+    }
+
+    fn type_of(&self, column: &str) -> Option<&str> {
+        self.columns.iter().find(|(name, _)| **name == *column).map(|(_, of_type)| &**of_type)
+    }
+}
+
 /// Why a subscription with this plan cannot go on after a SCHEMA event of its table, whose `after` is given; None: it can.
 #[must_use]
 pub fn broken_by(plan: &TablePlan, after: &str) -> Option<(ResyncReason, String)> {
     let described: Described = serde_json::from_str(after).ok()?;
-    described.changes.iter().find_map(|change| broken_by_change(plan, change))
+    let basis = plan.basis.as_deref();
+    if basis.is_some_and(|basis| basis.differs_from(described.relid)) {
+        return None;
+    }
+    let news = described.changes.iter().filter(|change| !basis.is_some_and(|basis| basis.knows(change)));
+    news.into_iter().find_map(|change| broken_by_change(plan, change))
 }
 
 fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, String)> {
@@ -47,21 +94,33 @@ fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, 
             Some((ResyncReason::TableDropped, what.to_owned()))
         }
         "rename_table" => changed(format!("the table is now named {to}: subscribe to that")),
-        "drop_column" if uses(plan, column) => {
-            changed(format!("the column {column:?}, which this subscription uses, was dropped"))
-        }
+        "drop_column" if uses(plan, column) && plan.mask.allows(column) => changed(dropped(column)),
         // Also the new name: before the change, rows had no such column, or another one.
         "rename_column" if uses(plan, from) || uses(plan, to) => {
-            changed(format!("the column {from:?}, which this subscription uses, is now named {to:?}"))
+            changed(match (plan.mask.allows(from), plan.mask.allows(to)) {
+                (true, true) => format!("the column {from:?}, which this subscription uses, is now named {to:?}"),
+                (true, false) => dropped(from),
+                (false, true) => format!("the column {to:?}, which this subscription uses, is another one now"),
+                (false, false) => HIDDEN_CHANGE.to_owned(),
+            })
         }
-        "alter_column" if uses(plan, column) && unmodified(from) != unmodified(to) => {
+        "alter_column" if uses(plan, column) && unmodified(from) != unmodified(to) && plan.mask.allows(column) => {
             changed(format!("the column {column:?}, which this subscription uses, was of type {from} and is now {to}"))
         }
+        "drop_column" if uses(plan, column) => changed(HIDDEN_CHANGE.to_owned()),
+        "alter_column" if uses(plan, column) && unmodified(from) != unmodified(to) => changed(HIDDEN_CHANGE.to_owned()),
         "row_security" if change.to == Value::Bool(true) && plan.condition.is_none() => changed(
             "row level security was switched on: the key needs a row condition that covers the table".to_owned(),
         ),
         _ => None,
     }
+}
+
+/// Of a column that only the key's row condition knows of.
+const HIDDEN_CHANGE: &str = "what decides which rows this key may read has changed: subscribe again";
+
+fn dropped(column: &str) -> String {
+    format!("the column {column:?}, which this subscription uses, was dropped")
 }
 
 fn uses(plan: &TablePlan, column: &str) -> bool {
@@ -85,17 +144,21 @@ fn unmodified(name: &str) -> String {
 }
 
 /// A SCHEMA event's `after` without what it says of columns that the key may not read. A rename from or to such a name is,
-/// for the key, a column that appears or goes.
+/// for the key, a column that appears or goes. None: it says nothing else.
 #[must_use]
-pub fn masked(after: &str, mask: &ColumnMask) -> String {
+pub fn masked(after: &str, mask: &ColumnMask) -> Option<String> {
     let mut described: Value = serde_json::from_str(after).unwrap_or_default();
     if let Some(columns) = described.get_mut("columns").and_then(Value::as_array_mut) {
         columns.retain(|column| shown(&column["name"], mask));
     }
     if let Some(changes) = described.get_mut("changes").and_then(Value::as_array_mut) {
+        let told = changes.len();
         changes.retain_mut(|change| mask_change(change, mask));
+        if changes.is_empty() && told > 0 {
+            return None;
+        }
     }
-    described.to_string()
+    Some(described.to_string())
 }
 
 /// False: nothing of it is left.
@@ -106,7 +169,7 @@ fn mask_change(change: &mut Value, mask: &ColumnMask) -> bool {
                 names.retain(|name| shown(name, mask));
             }
         }
-        return true;
+        return change["from"] != change["to"];
     }
     if change["kind"] != "rename_column" {
         return shown(&change["column"], mask);
@@ -153,6 +216,7 @@ mod tests {
             condition: condition.map(compile),
             mask: ColumnMask::All,
             columns: columns.map(|names| Arc::new(names.iter().map(|name| Box::from(*name)).collect())),
+            basis: None,
         }
     }
 
@@ -225,10 +289,77 @@ mod tests {
                 {"kind":"key","from":["id","secret"],"to":["id"]}],
                "columns":[{"name":"id","type":"bigint"},{"name":"secret","type":"text"}],"relid":7}"#,
             &mask,
-        );
+        )
+        .unwrap();
         assert!(!told.contains("secret"), "{told}");
         let told: Value = serde_json::from_str(&told).unwrap();
         assert_eq!(told["changes"][0], serde_json::json!({"kind": "drop_column", "column": "plain"}));
         assert_eq!(told["changes"][1], serde_json::json!({"kind": "add_column", "column": "open", "type": "text"}));
+    }
+
+    #[test]
+    fn an_event_about_hidden_columns_alone_is_not_told() {
+        let mask = ColumnMask::AllBut(Arc::new(["secret".into(), "later".into()].into_iter().collect()));
+        for change in [
+            r#"{"kind":"drop_column","column":"secret","type":"text"}"#,
+            r#"{"kind":"add_column","column":"later","type":"text"}"#,
+            r#"{"kind":"alter_column","column":"secret","from":"text","to":"integer","type":"integer"}"#,
+            r#"{"kind":"rename_column","column":"secret","from":"secret","to":"later","type":"text"}"#,
+            r#"{"kind":"key","from":["id","secret"],"to":["id"]}"#,
+        ] {
+            let told = format!(r#"{{"changes":[{change}],"columns":[{{"name":"secret","type":"text"}}],"relid":7}}"#);
+            assert_eq!(masked(&told, &mask), None, "{change}");
+        }
+    }
+
+    #[test]
+    fn why_a_subscription_ends_names_no_hidden_column() {
+        let mask = ColumnMask::AllBut(Arc::new(["tenant".into(), "owner".into()].into_iter().collect()));
+        for (change, named) in [
+            (r#"{"kind":"drop_column","column":"tenant","type":"integer"}"#, ""),
+            (r#"{"kind":"alter_column","column":"tenant","from":"integer","to":"text","type":"text"}"#, ""),
+            (r#"{"kind":"rename_column","column":"tenant","from":"tenant","to":"owner","type":"integer"}"#, ""),
+            (r#"{"kind":"rename_column","column":"tenant","from":"tenant","to":"open","type":"integer"}"#, "open"),
+            (r#"{"kind":"rename_column","column":"status","from":"status","to":"owner","type":"text"}"#, "status"),
+        ] {
+            let plan = TablePlan { mask: mask.clone(), ..plan(Some("status = 'x'"), Some("tenant = 7"), None) };
+            let (reason, message) = broken_by(&plan, &after(change)).unwrap();
+            assert_eq!(reason, ResyncReason::SchemaChanged);
+            assert!(message.contains(named), "{message}");
+            for hidden in ["tenant", "owner", "integer"] {
+                assert!(!message.contains(hidden), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn who_began_after_a_change_is_not_ended_by_its_event() {
+        let basis = |relid, status: &str| {
+            let columns = vec![("id".into(), "bigint".into()), ("status".into(), status.into())];
+            Some(Arc::new(Basis { relid, columns }))
+        };
+        let rename = r#"{"kind":"rename_column","column":"state","from":"state","to":"status","type":"text"}"#;
+        let retype = r#"{"kind":"alter_column","column":"status","from":"integer","to":"text","type":"text"}"#;
+        let rewrite = r#"{"kind":"alter_column","column":"status","from":"text","to":"text","type":"text"}"#;
+        let swap = r#"{"kind":"rename_column","column":"id","from":"id","to":"status","type":"text"}"#;
+        let drop_column = r#"{"kind":"drop_column","column":"status","type":"text"}"#;
+        let drop_table = r#"{"kind":"drop_table"}"#;
+        let older = TablePlan { basis: basis(1, "integer"), ..plan(Some("status = '1'"), None, None) };
+        let newer = TablePlan { basis: basis(1, "text"), ..older.clone() };
+        let next = TablePlan { basis: basis(2, "text"), ..older.clone() };
+        let anyone = TablePlan { basis: None, ..older.clone() };
+        for (change, ended) in [
+            (rename, [false, false, false, true]),
+            (retype, [true, false, false, true]),
+            (rewrite, [false, false, false, false]),
+            (swap, [true, true, false, true]),
+            (drop_column, [true, true, false, true]),
+            (drop_table, [true, true, false, true]),
+        ] {
+            let found = [&older, &newer, &next, &anyone].map(|plan| broken_by(plan, &after(change)).is_some());
+            assert_eq!(found, ended, "{change}");
+        }
+        assert!(next.basis.as_ref().unwrap().is_of_another(&after(drop_table)));
+        assert!(!newer.basis.as_ref().unwrap().is_of_another(&after(drop_table)));
     }
 }

@@ -55,8 +55,14 @@ fn drops(seq: Seq, column: &str) -> Event {
 
 fn plans() -> Plans {
     let filter = Filter::compile("a = 1", &[Column::new("a", ColumnType::Int4)]).unwrap();
-    let plan =
-        TablePlan { ops: OpSet::ALL, filter: Some(filter), condition: None, mask: ColumnMask::All, columns: None };
+    let plan = TablePlan {
+        ops: OpSet::ALL,
+        filter: Some(filter),
+        condition: None,
+        mask: ColumnMask::All,
+        columns: None,
+        basis: None,
+    };
     Plans::Exact(HashMap::from([("public.t".into(), Arc::new(plan))]))
 }
 

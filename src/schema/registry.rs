@@ -2,7 +2,9 @@
 //!
 //! Postgres is asked about every table that is not remembered, so that one tracked a moment ago is known everywhere; those
 //! who ask at the same time share one query, but never one that began before they asked. What is remembered is at most
-//! [`REFRESH_INTERVAL`] old, and doubted when the log says that the table's shape has changed.
+//! [`REFRESH_INTERVAL`] old, and doubted when the log says that the table's shape has changed. From a notification of such
+//! a change to the end of the refresh that follows it, whoever subscribes asks. Without event triggers nothing notifies:
+//! who is about to refuse a subscription for what is remembered asks first ([`Registry::look_again`]).
 //!
 //! The follower makes sure that every table is known before an event of it is routed ([`Registry::acquaint`]), so that a
 //! glob's plan for a table never rests on ignorance. What is known of a table that is gone is kept for its events that
@@ -12,18 +14,18 @@
 //! shape changed in between, the hub may have told the old subscriptions before this one was there to be told.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use sqlx::Row as _;
-use sqlx::postgres::{PgPool, PgRow};
+use sqlx::postgres::PgPool;
 use tokio::sync::{OnceCell, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::TableInfo;
-use crate::filter::{Column, ColumnType};
+use super::{TableInfo, described};
+use crate::filter::Server;
 use crate::postgres::listen::Wakeups;
 use crate::postgres::{Database, within};
 use crate::table_name::{TableName, is_event};
@@ -34,6 +36,9 @@ pub const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 const REFRESH_PAUSE: Duration = Duration::from_millis(200);
 /// Tables that are gone, and names that are no tracked table, which are kept in mind; beyond, they are begun anew.
 const MAX_GONE: usize = 10_000;
+/// As long may a change's SCHEMA event take after the change is known here: the leader looks every two seconds, and a new
+/// leader has to be elected first.
+const SETTLED_AFTER: Duration = Duration::from_secs(10);
 /// After a look that failed.
 const REFRESH_RETRY: Duration = Duration::from_secs(1);
 /// Longest name of a channel: Postgres refuses a longer one.
@@ -65,6 +70,10 @@ pub struct Registry {
     // Who asks next; closed when its query begins.
     next: Mutex<Arc<Round>>,
     turn: tokio::sync::Mutex<()>,
+    // How many notifications of changes came, and how many of them a refresh has taken into account.
+    notified: OnceLock<watch::Receiver<u64>>,
+    server: RwLock<Option<Server>>,
+    heeded: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +89,8 @@ struct Known {
 struct Entry {
     info: Arc<TableInfo>,
     state: State,
+    // When it was first seen like this.
+    since: Instant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,11 +112,13 @@ impl Known {
                 entry.state = State::Current;
                 if !same {
                     entry.info = Arc::clone(info);
+                    entry.since = Instant::now();
                 }
                 !same
             }
             None => {
-                self.tables.insert(info.name.clone(), Entry { info: Arc::clone(info), state: State::Current });
+                let entry = Entry { info: Arc::clone(info), state: State::Current, since: Instant::now() };
+                self.tables.insert(info.name.clone(), entry);
                 true
             }
         }
@@ -148,6 +161,9 @@ impl Registry {
             channels: watch::channel(Arc::default()).0,
             next: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
+            notified: OnceLock::new(),
+            server: RwLock::default(),
+            heeded: AtomicU64::new(0),
         }
     }
 
@@ -157,11 +173,20 @@ impl Registry {
     /// # Errors
     /// Postgres could not be asked. Bounded by the pool's and the statement's time-outs.
     pub async fn lookup(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
-        if let Some(entry) = self.known.read().tables.get(name)
+        if self.is_up_to_date()
+            && let Some(entry) = self.known.read().tables.get(name)
             && entry.state == State::Current
         {
             return Ok(Lookup::Tracked(Arc::clone(&entry.info)));
         }
+        self.look_again(name).await
+    }
+
+    /// The same, whatever is remembered.
+    ///
+    /// # Errors
+    /// As [`Registry::lookup`].
+    pub async fn look_again(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
         let round = loop {
             let full = {
                 let next = self.next.lock();
@@ -190,11 +215,42 @@ impl Registry {
         self.known.read().tables.get(canonical).map(|entry| Arc::clone(&entry.info))
     }
 
+    /// The server that answers now, as far as its answers tell.
+    ///
+    /// # Errors
+    /// It never answered, and could not be asked.
+    pub async fn server(&self) -> Result<Server, sqlx::Error> {
+        if let Some(server) = *self.server.read() {
+            return Ok(server);
+        }
+        let server = within(ASK_TIMEOUT, described::server_of(&self.database.clients())).await?;
+        *self.server.write() = Some(server);
+        Ok(server)
+    }
+
+    /// The same, if it ever answered.
+    #[must_use]
+    pub fn known_server(&self) -> Option<Server> {
+        *self.server.read()
+    }
+
     /// Whether a table still looks like this, as far as this node has heard.
     #[must_use]
     pub fn is_current(&self, info: &TableInfo) -> bool {
         let known = self.known.read();
         known.tables.get(info.name.as_str()).is_some_and(|entry| entry.state == State::Current && *entry.info == *info)
+    }
+
+    /// Whether a table has looked like this only for a while, so that the SCHEMA event of its last change may be on its way.
+    #[must_use]
+    pub fn is_recent(&self, info: &TableInfo) -> bool {
+        let known = self.known.read();
+        known.tables.get(info.name.as_str()).is_none_or(|entry| entry.since.elapsed() < SETTLED_AFTER)
+    }
+
+    /// No change was notified that no refresh has seen yet.
+    fn is_up_to_date(&self) -> bool {
+        self.notified.get().is_none_or(|notified| *notified.borrow() == self.heeded.load(Ordering::Acquire))
     }
 
     /// Rises with every change of what [`Registry::cached`] says.
@@ -231,15 +287,20 @@ impl Registry {
     /// # Errors
     /// Postgres could not be asked; what was known stays.
     pub async fn refresh(&self) -> Result<(), sqlx::Error> {
+        self.read_all().await.map(|_| ())
+    }
+
+    /// False: something changed meanwhile, and what was read was not believed.
+    async fn read_all(&self) -> Result<bool, sqlx::Error> {
         let began = self.known.read().doubts;
-        let rows = within(ASK_TIMEOUT, sqlx::query(ALL_TRACKED).fetch_all(&self.database.pool())).await?;
-        let read = rows.iter().map(|row| table_info(row).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let read = within(ASK_TIMEOUT, described::tracked(&self.database.pool())).await?;
+        let read: Vec<Arc<TableInfo>> = read.into_iter().map(Arc::new).collect();
+        self.note_server(read.first().map(|info| info.server));
         let mut news = false;
         {
             let mut known = self.known.write();
             if known.doubts != began {
-                // Something changed meanwhile; the next look has it.
-                return Ok(());
+                return Ok(false);
             }
             known.strangers.clear();
             for info in &read {
@@ -252,7 +313,7 @@ impl Registry {
             }
         }
         self.tell(news);
-        Ok(())
+        Ok(true)
     }
 
     /// A table's shape has changed: it is asked for when it is next needed.
@@ -283,14 +344,19 @@ impl Registry {
     /// Refreshes at once, at every notification of a schema change, and now and then.
     pub async fn run(self: Arc<Self>, wakeups: Arc<Wakeups>, stop: CancellationToken) {
         let mut changes = wakeups.watch_schema();
+        let _ = self.notified.set(wakeups.watch_schema());
         loop {
-            changes.mark_unchanged();
+            let heeded = *changes.borrow_and_update();
             let refreshed = tokio::select! {
-                refreshed = self.refresh() => refreshed,
+                refreshed = self.read_all() => refreshed,
                 () = stop.cancelled() => return,
             };
             let wait = match refreshed {
-                Ok(()) => REFRESH_INTERVAL,
+                Ok(true) => {
+                    self.heeded.store(heeded, Ordering::Release);
+                    REFRESH_INTERVAL
+                }
+                Ok(false) => REFRESH_RETRY,
                 Err(error) => {
                     tracing::debug!(%error, "tracked tables could not be read; trying again");
                     REFRESH_RETRY
@@ -321,31 +387,18 @@ impl Registry {
 
     async fn read(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
         let began = self.known.read().doubts;
-        let (mut asked, mut schemas, mut tables) = (Vec::new(), Vec::new(), Vec::new());
-        for name in names {
-            if let Some((schema, table)) = name.schema_and_table() {
-                schemas.push(schema.into_owned());
-                tables.push(table.into_owned());
-                asked.push(name);
-            }
-        }
-        let asking = sqlx::query(NAMED).bind(&schemas).bind(&tables).fetch_all(pool);
-        let rows = within(ASK_TIMEOUT, asking).await?;
-        let mut found = HashMap::with_capacity(asked.len());
-        for row in &rows {
-            let position: i64 = row.try_get("position")?;
-            let Some(name) = usize::try_from(position - 1).ok().and_then(|index| asked.get(index)) else { continue };
-            let answer = match row.try_get::<bool, _>("tracked")? {
-                true => Lookup::Tracked(Arc::new(table_info(row)?)),
-                false => Lookup::NotTracked,
-            };
-            found.insert(name.clone(), answer);
-        }
+        let described = within(ASK_TIMEOUT, described::describe(pool, &names)).await?;
+        self.note_server(described.values().next().map(|described| described.info.server));
+        let answers = described.into_iter().map(|(name, described)| {
+            let tracked = described.tracked.then(|| Lookup::Tracked(Arc::new(described.info)));
+            (name, tracked.unwrap_or(Lookup::NotTracked))
+        });
+        let found: HashMap<TableName, Lookup> = answers.collect();
         let mut news = false;
         {
             let mut known = self.known.write();
             if known.doubts == began {
-                for name in &asked {
+                for name in names.iter().filter(|name| !name.is_event()) {
                     news |= match found.get(name) {
                         Some(Lookup::Tracked(info)) => known.learn(info),
                         _ => known.lose(name),
@@ -355,6 +408,13 @@ impl Registry {
         }
         self.tell(news);
         Ok(found)
+    }
+
+    /// An upgrade may have exchanged it.
+    fn note_server(&self, answered: Option<Server>) {
+        if answered.is_some() && *self.server.read() != answered {
+            *self.server.write() = answered;
+        }
     }
 
     fn tell(&self, news: bool) {
@@ -377,88 +437,4 @@ impl Registry {
             changed
         });
     }
-}
-
-// The triggers are the truth about how a table is captured; tidewire.tracked_tables speaks where they are gone.
-macro_rules! described {
-    ($from:literal) => {
-        concat!(
-            "SELECT c.oid AS relid, tidewire.table_text(c.oid) AS name, t.relid IS NOT NULL OR o.options IS NOT NULL AS tracked,
-                    tidewire.table_fingerprint(c.oid)::text AS fingerprint,
-                    CASE WHEN o.options IS NULL THEN t.key_columns ELSE tidewire.column_names(c.oid, o.options, 'key') END AS key_columns,
-                    CASE WHEN o.options IS NULL THEN t.columns ELSE tidewire.column_names(c.oid, o.options, 'columns') END AS columns,
-                    CASE WHEN o.options IS NULL THEN t.except_columns ELSE tidewire.column_names(c.oid, o.options, 'except_columns') END
-                        AS except_columns,
-                    coalesce((o.options ->> 'before_image')::boolean, t.before_image, true) AS before_image,
-                    CASE WHEN coalesce((o.options ->> 'notify')::boolean, t.notify) THEN tidewire.notify_channel(c.oid) END AS notify_channel, ",
-            $from,
-            " LEFT JOIN LATERAL (SELECT CASE WHEN c.relispartition AND t.relid IS NULL THEN NULL
-                                         ELSE tidewire.tracked_options(c.oid) END AS options) AS o ON true"
-        )
-    };
-}
-
-const ALL_TRACKED: &str =
-    described!("0::bigint AS position FROM tidewire.tracked_tables t JOIN pg_catalog.pg_class c ON c.oid = t.relid");
-
-// $1 schemas, $2 tables. The partitions of a tracked table carry its triggers, but are not tracked themselves.
-const NAMED: &str = described!(
-    "asked.position FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS asked (schema, name, position)
-     JOIN pg_catalog.pg_namespace n ON n.nspname = asked.schema
-     JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = asked.name AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-     LEFT JOIN tidewire.tracked_tables t ON t.relid = c.oid"
-);
-
-/// What is needed of `tidewire.table_fingerprint()`.
-#[derive(serde::Deserialize)]
-struct Shape {
-    row_security: bool,
-    columns: Vec<ShapeColumn>,
-}
-
-#[derive(serde::Deserialize)]
-struct ShapeColumn {
-    name: String,
-    type_name: String,
-    type_kind: String,
-}
-
-fn table_info(row: &PgRow) -> Result<TableInfo, sqlx::Error> {
-    let fingerprint: String = row.try_get("fingerprint")?;
-    let shape: Shape = serde_json::from_str(&fingerprint).map_err(|error| sqlx::Error::Decode(error.into()))?;
-    let columns: Vec<Column> = shape
-        .columns
-        .into_iter()
-        .map(|column| {
-            let kind = column.type_kind.chars().next().unwrap_or('b');
-            Column::new(column.name, ColumnType::from_postgres(&column.type_name, kind))
-        })
-        .collect();
-    let key_columns: Option<Vec<String>> = row.try_get("key_columns")?;
-    let listed: Option<Vec<String>> = row.try_get("columns")?;
-    let excepted: Option<Vec<String>> = row.try_get("except_columns")?;
-    let captured = match (listed, excepted) {
-        // The key is always carried.
-        (Some(listed), _) => {
-            Some(listed.into_iter().chain(key_columns.iter().flatten().cloned()).map(String::into_boxed_str).collect())
-        }
-        (None, Some(excepted)) => Some(
-            columns
-                .iter()
-                .filter(|column| !excepted.contains(&column.name))
-                .map(|column| column.name.as_str().into())
-                .collect(),
-        ),
-        (None, None) => None,
-    };
-    Ok(TableInfo {
-        name: TableName::from_canonical(&row.try_get::<String, _>("name")?),
-        relid: row.try_get::<sqlx::postgres::types::Oid, _>("relid")?.0,
-        columns,
-        captured,
-        before_image: row.try_get("before_image")?,
-        key_columns,
-        row_security: shape.row_security,
-        notify_channel: row.try_get("notify_channel")?,
-    })
 }

@@ -19,10 +19,11 @@ use crate::auth::scope::{OpSet, Scopes, TableAccess};
 use crate::cursor::{Cursor, MalformedCursor};
 use crate::event::Operation;
 use crate::failpoint;
-use crate::filter::{Column, Filter};
+use crate::filter::{Column, Filter, Server};
 use crate::hub::Tap;
 use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
+use crate::hub::shape::Basis;
 use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
@@ -240,13 +241,19 @@ async fn plan(
                 format!("this key may not read {name}: ask for a key whose scopes have it"),
             )
         })?;
-        let info = if name.is_event() { None } else { Some(known(context, name).await?) };
-        let plan = table_plan(name, info.as_deref(), access, subscribe, wish)?;
+        let (mut plan, info) = exact_plan(context, name, access, subscribe, wish).await?;
+        if let Some(info) = &info
+            && matches!(subscribe.from, From::Now)
+            && context.registry.is_recent(info)
+        {
+            plan.basis = Some(Arc::new(basis(info)));
+        }
         let relid = info.as_ref().map_or(0, |info| info.relid);
         let filter = plan.filter.as_ref().map(Filter::canonical);
         let types =
             info.as_ref().map(|info| &info.columns).filter(|_| plan.filter.is_some() || plan.condition.is_some());
-        let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}");
+        // Who knows of a change before its event and who does not are told differently.
+        let _ = write!(key, "|{name}#{relid}{filter:?}{access:?}{types:?}{:?}", plan.basis);
         exact.insert(Arc::<str>::from(name.as_str()), Arc::new(plan));
         tables.extend(info);
     }
@@ -290,30 +297,89 @@ fn glob_resolver(
         }
         if let Some(condition) = &access.condition {
             let columns = if event { Filter::domain_event_columns() } else { info.as_ref()?.columns.clone() };
+            let server = registry.known_server().unwrap_or_default();
             if info.is_some_and(|info| !info.before_image) {
                 return None;
             }
-            plan.condition = Some(Filter::compile(condition, &columns).ok()?);
+            plan.condition = Some(Filter::compile_for(condition, &columns, server).ok()?);
         }
         Some(Arc::new(plan))
     })
 }
 
-/// Asks what a table is, while Postgres is away again and again.
-async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, WireError> {
+/// What the table looks like to whoever begins now.
+fn basis(info: &TableInfo) -> Basis {
+    let columns = info.columns.iter().zip(&info.declared_types);
+    let columns = columns.map(|(column, of_type)| (column.name.as_str().into(), of_type.as_str().into())).collect();
+    Basis { relid: info.relid, columns }
+}
+
+/// One table's plan. What is remembered of the table may be older than what the client relies on (a column added a moment
+/// ago): nobody is refused for it before Postgres was asked again, once.
+async fn exact_plan(
+    context: &Context,
+    name: &TableName,
+    access: &Arc<TableAccess>,
+    subscribe: &Subscribe,
+    wish: &Wish,
+) -> Result<(TablePlan, Option<Arc<TableInfo>>), WireError> {
+    if let Some(denied) = wish.ops.and_then(|ops| ops.iter().find(|operation| !access.ops.allows(*operation))) {
+        let what = format!("this key may not read {} events of {name}", denied.as_str());
+        return Err(WireError::never(ErrorCode::Forbidden, what));
+    }
+    if name.is_event() {
+        let view = View { name, info: None, access, server: asked(|| context.registry.server()).await? };
+        return Ok((table_plan(&view, subscribe, wish)?, None));
+    }
+    let view = |info: &Arc<TableInfo>| View { name, info: Some(Arc::clone(info)), access, server: info.server };
+    let info = known(context, name, Memory::Trusted).await?;
+    match table_plan(&view(&info), subscribe, wish) {
+        Ok(plan) => Ok((plan, Some(info))),
+        Err(refused) => {
+            let now = known(context, name, Memory::Doubted).await?;
+            if now == info {
+                return Err(refused);
+            }
+            Ok((table_plan(&view(&now), subscribe, wish)?, Some(now)))
+        }
+    }
+}
+
+/// Whether what the node remembers of a table is good enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    Trusted,
+    Doubted,
+}
+
+/// Asks what a table is.
+async fn known(context: &Context, name: &TableName, memory: Memory) -> Result<Arc<TableInfo>, WireError> {
+    let registry = &context.registry;
+    let ask = || async move {
+        match memory {
+            Memory::Trusted => registry.lookup(name).await,
+            Memory::Doubted => registry.look_again(name).await,
+        }
+    };
+    match asked(ask).await? {
+        Lookup::Tracked(info) => Ok(info),
+        Lookup::NotTracked => {
+            let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
+            Err(WireError::never(ErrorCode::NotTracked, what))
+        }
+        Lookup::Unknown => {
+            let what = format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
+            Err(WireError::never(ErrorCode::UnknownTable, what))
+        }
+    }
+}
+
+/// Asks Postgres, while it is away again and again.
+async fn asked<T, F: Future<Output = Result<T, sqlx::Error>>>(ask: impl Fn() -> F) -> Result<T, WireError> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match within(PATIENCE, context.registry.lookup(name)).await {
-            Ok(Lookup::Tracked(info)) => return Ok(info),
-            Ok(Lookup::NotTracked) => {
-                let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
-                return Err(WireError::never(ErrorCode::NotTracked, what));
-            }
-            Ok(Lookup::Unknown) => {
-                let what =
-                    format!("there is no table {name}: names are case-sensitive and mean public when unqualified");
-                return Err(WireError::never(ErrorCode::UnknownTable, what));
-            }
+        match within(PATIENCE, ask()).await {
+            Ok(answer) => return Ok(answer),
             Err(error) if Instant::now() >= until => {
                 tracing::debug!(%error, "a table could not be looked up");
                 return Err(unavailable("Postgres is away, so the table cannot be looked up"));
@@ -323,55 +389,42 @@ async fn known(context: &Context, name: &TableName) -> Result<Arc<TableInfo>, Wi
     }
 }
 
-fn table_plan(
-    name: &TableName,
-    info: Option<&TableInfo>,
-    access: &Arc<TableAccess>,
-    subscribe: &Subscribe,
-    wish: &Wish,
-) -> Result<TablePlan, WireError> {
-    let forbidden = |what: String| Err(WireError::never(ErrorCode::Forbidden, what));
-    if let Some(denied) = wish.ops.and_then(|ops| ops.iter().find(|operation| !access.ops.allows(*operation))) {
-        return forbidden(format!("this key may not read {} events of {name}", denied.as_str()));
-    }
+/// One table, as a key sees it.
+struct View<'a> {
+    name: &'a TableName,
+    // None: domain events.
+    info: Option<Arc<TableInfo>>,
+    access: &'a TableAccess,
+    server: Server,
+}
+
+/// The key's view of the table is all that `where` and `columns` are held against: what a key may not read is to it as if
+/// it were not there.
+fn table_plan(view: &View<'_>, subscribe: &Subscribe, wish: &Wish) -> Result<TablePlan, WireError> {
+    let View { name, access, .. } = view;
+    let info = view.info.as_deref();
     let columns = info.map_or_else(Filter::domain_event_columns, |info| info.columns.clone());
     let mut plan = TablePlan::of_access(access, wish.ops.unwrap_or(OpSet::ALL));
-    if let Some(info) = info {
-        if info.row_security && access.condition.is_none() {
-            return forbidden(format!("{name} has row level security: this key needs a row condition that covers it"));
-        }
-        if !info.before_image && access.condition.is_some() {
-            return forbidden(format!("{name} is tracked without before images, so a row condition cannot be kept"));
-        }
-    }
-    if let Some(condition) = &access.condition {
-        let compiled = Filter::compile(condition, &columns);
-        let compiled = compiled.map_err(|error| {
-            let what = format!("this key's row condition does not fit {name} ({error}): mend the key");
-            WireError::never(ErrorCode::Forbidden, what)
-        })?;
-        let captured = info.and_then(|info| info.captured.as_ref());
-        if let Some(column) = compiled.columns().find(|column| captured.is_some_and(|known| !known.contains(*column))) {
-            // No event would say what the condition is about: the subscription would be silent for ever.
-            return forbidden(format!("{name} is tracked without the column {column:?} of this key's row condition"));
-        }
-        plan.condition = Some(compiled);
-    }
+    plan.condition = row_condition(view, &columns)?;
+    let visible: Vec<Column> = columns.into_iter().filter(|column| access.columns.allows(&column.name)).collect();
+    let hint = if access.columns.is_all() { "" } else { "; this key does not see every column" };
+    let refuse = |what: String| WireError::never(ErrorCode::BadFilter, what);
     if let Some(text) = &subscribe.filter {
-        let filter = Filter::compile(text, &columns)
-            .map_err(|error| WireError::never(ErrorCode::BadFilter, format!("where, for {name}: {error}")))?;
+        let filter = Filter::compile_for(text, &visible, view.server).map_err(|error| {
+            let hint = if error.unknown_column { hint } else { "" };
+            refuse(format!("where, for {name}: {error}{hint}"))
+        })?;
         for column in filter.columns() {
-            may_use(name, info, access, column)?;
+            is_captured(name, info, column)?;
         }
         plan.filter = Some(filter);
     }
     if let Some(wished) = &wish.columns {
         for column in wished.iter() {
-            may_use(name, info, access, column)?;
-            if !columns.iter().any(|known: &Column| *known.name == **column) {
-                let what = format!("columns: {name} has no column {column:?}");
-                return Err(WireError::never(ErrorCode::BadFilter, what));
+            if !visible.iter().any(|known| *known.name == **column) {
+                return Err(refuse(format!("columns: {name} has no column {column:?}{hint}")));
             }
+            is_captured(name, info, column)?;
         }
         // A domain event's payload is one value.
         plan.columns = info.is_some().then(|| Arc::clone(wished));
@@ -379,14 +432,37 @@ fn table_plan(
     Ok(plan)
 }
 
-fn may_use(name: &TableName, info: Option<&TableInfo>, access: &TableAccess, column: &str) -> Result<(), WireError> {
-    if !access.columns.allows(column) {
-        let what = format!("this key may not read the column {column:?} of {name}");
-        return Err(WireError::never(ErrorCode::Forbidden, what));
+/// The key's row condition, which may name columns that the key does not see: what is wrong with it is for the log and for
+/// whoever made the key.
+fn row_condition(view: &View<'_>, columns: &[Column]) -> Result<Option<Filter>, WireError> {
+    let View { name, access, .. } = view;
+    let info = view.info.as_deref();
+    let forbidden = |what: String| WireError::never(ErrorCode::Forbidden, what);
+    let Some(condition) = &access.condition else {
+        if info.is_some_and(|info| info.row_security) {
+            let what = format!("{name} has row level security: this key needs a row condition that covers it");
+            return Err(forbidden(what));
+        }
+        return Ok(None);
+    };
+    if info.is_some_and(|info| !info.before_image) {
+        return Err(forbidden(format!("{name} is tracked without before images, so a row condition cannot be kept")));
     }
-    if let Some(captured) = info.and_then(|info| info.captured.as_ref())
-        && !captured.contains(column)
-    {
+    let unfit = |why: String| {
+        tracing::info!(table = %name, condition = %condition, why, "a key's row condition does not fit its table");
+        forbidden(format!("this key's row condition does not fit {name}: ask whoever made the key for another"))
+    };
+    let compiled = Filter::compile_for(condition, columns, view.server).map_err(|error| unfit(error.to_string()))?;
+    let captured = info.and_then(|info| info.captured.as_ref());
+    if let Some(column) = compiled.columns().find(|column| captured.is_some_and(|known| !known.contains(*column))) {
+        // No event would say what the condition is about: the subscription would be silent for ever.
+        return Err(unfit(format!("the table is tracked without its column {column:?}")));
+    }
+    Ok(Some(compiled))
+}
+
+fn is_captured(name: &TableName, info: Option<&TableInfo>, column: &str) -> Result<(), WireError> {
+    if info.and_then(|info| info.captured.as_ref()).is_some_and(|captured| !captured.contains(column)) {
         let what = format!("{name} is tracked without the column {column:?}, so it cannot be tested or shown");
         return Err(WireError::never(ErrorCode::BadFilter, what));
     }

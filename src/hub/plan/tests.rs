@@ -15,7 +15,14 @@ fn plan(filter: Option<&str>, condition: Option<&str>, hidden: &[&str]) -> Table
         [] => ColumnMask::All,
         names => ColumnMask::AllBut(Arc::new(names.iter().map(|name| (*name).into()).collect())),
     };
-    TablePlan { ops: OpSet::ALL, filter: filter.map(compiled), condition: condition.map(compiled), mask, columns: None }
+    TablePlan {
+        ops: OpSet::ALL,
+        filter: filter.map(compiled),
+        condition: condition.map(compiled),
+        mask,
+        columns: None,
+        basis: None,
+    }
 }
 
 /// An event of a row `[id, a, tenant, secret]`.

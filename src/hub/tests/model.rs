@@ -10,7 +10,8 @@ use super::*;
 
 /// What a subscription sees of one kind: all of a table, what matches, or both tables without a column.
 fn plans_of(kind: usize) -> Plans {
-    let plain = TablePlan { ops: OpSet::ALL, filter: None, condition: None, mask: ColumnMask::All, columns: None };
+    let plain =
+        TablePlan { ops: OpSet::ALL, filter: None, condition: None, mask: ColumnMask::All, columns: None, basis: None };
     let plan = match kind {
         0 => plain,
         1 => {
