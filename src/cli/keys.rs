@@ -2,6 +2,8 @@
 //!
 //! A key is shown when it is made and never again; everything else here is safe to paste into a ticket.
 
+mod check;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -19,12 +21,17 @@ use crate::cli::connect::explained;
 use crate::event::Operation;
 use crate::table_name::TablePattern;
 
+pub use self::check::{Findings, check};
+
 /// Longest life of a key that expires, days: a century.
 const MAX_EXPIRES_IN_DAYS: i64 = 36_500;
 
 /// Make, list and revoke API keys
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
+Tables, columns and conditions are checked when a key is made: what can never work is refused, what does not work yet
+(a table that is not there or not tracked) is a warning.
+
 Examples:
   tidewire keys create --name web --table public.orders --column id --column status --condition \"status <> 'draft'\"
   tidewire keys create --name audit --table '*' --table 'event:*' --history --expires-in 90d
@@ -125,6 +132,10 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
 #[expect(clippy::disallowed_methods, reason = "the edge: a life in days begins now")]
 async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write) -> anyhow::Result<()> {
     let scopes = create.scopes()?;
+    let found = check(pool, &scopes).await.context("the scopes could not be checked against the database")?;
+    if !found.errors.is_empty() {
+        bail!("no key was made, it could not work:\n  {}", found.errors.join("\n  "));
+    }
     let expires_at = create.expires_in.map(|life| Utc::now() + life.0);
     let key = match store::create_key(pool, &create.name, &scopes, expires_at).await {
         Err(CreateKeyError::Database(error)) => {
@@ -132,7 +143,8 @@ async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write
         }
         key => key?,
     };
-    show_created(&key, &create.name, &scopes, expires_at, json, out)
+    let created = Created { key: &key, name: &create.name, scopes: &scopes, expires_at, warnings: &found.warnings };
+    show_created(&created, json, out)
 }
 
 impl Create {
@@ -159,26 +171,38 @@ impl Create {
     }
 }
 
-fn show_created(
-    key: &ApiKey,
-    name: &str,
-    scopes: &Scopes,
+/// A key to be shown, once.
+struct Created<'a> {
+    key: &'a ApiKey,
+    name: &'a str,
+    scopes: &'a Scopes,
     expires_at: Option<DateTime<Utc>>,
-    json: bool,
-    out: &mut impl Write,
-) -> anyhow::Result<()> {
+    warnings: &'a [String],
+}
+
+fn show_created(created: &Created<'_>, json: bool, out: &mut impl Write) -> anyhow::Result<()> {
+    let Created { key, name, scopes, expires_at, warnings } = created;
     if json {
         let shown = json!({
             "key_id": key.id(), "key": key.expose(), "name": name, "scopes": scopes, "expires_at": expires_at,
+            "warnings": warnings,
         });
         writeln!(out, "{shown}")?;
         return Ok(());
     }
     writeln!(out, "{}\n", key.expose())?;
     writeln!(out, "This is the only time that this key is shown: store it now. The database holds its hash alone.")?;
-    writeln!(out, "Id {}, for {:?}, {}.", key.id(), name, expiry(expires_at))?;
+    writeln!(out, "Id {}, for {:?}, {}.", key.id(), name, expiry(*expires_at))?;
     writeln!(out, "It may {}.", summary(scopes))?;
+    for warning in *warnings {
+        writeln!(out, "Warning: {}", plain(warning))?;
+    }
     Ok(())
+}
+
+/// Without what steers a terminal.
+fn plain(text: &str) -> String {
+    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
 }
 
 fn show_list(keys: &[KeyInfo], json: bool, now: DateTime<Utc>, out: &mut impl Write) -> anyhow::Result<()> {
@@ -374,12 +398,16 @@ mod tests {
     fn the_secret_is_shown_once_and_the_sentence_says_so() {
         let key = ApiKey::generate(&mut StdRng::seed_from_u64(1));
         let mut out = Vec::new();
-        show_created(&key, "web", &Scopes::all(5), None, false, &mut out).unwrap();
+        let scopes = Scopes::all(5);
+        let warnings = ["a \u{1b} warning".to_owned()];
+        let created = Created { key: &key, name: "web", scopes: &scopes, expires_at: None, warnings: &warnings };
+        show_created(&created, false, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         assert_eq!(text.matches(key.expose()).count(), 1);
         assert!(text.contains("only time that this key is shown"));
+        assert!(text.contains("Warning: a ") && !text.contains('\u{1b}'), "{text}");
         let mut out = Vec::new();
-        show_created(&key, "web", &Scopes::all(5), None, true, &mut out).unwrap();
+        show_created(&created, true, &mut out).unwrap();
         let value: serde_json::Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(value["key"], key.expose());
         assert_eq!(value["key_id"], key.id().as_str());

@@ -85,6 +85,32 @@ async fn who_does_not_hold_the_secret_learns_nothing() {
     assert!(answers.iter().all(|answer| (answer.to_string(), answer.close_code()) == first), "{answers:?}");
 }
 
+/// The time of a refusal is made of its work: the same for an id that does not exist and for another's secret, whatever is
+/// cached of the key, and again for the same token.
+#[tokio::test]
+async fn a_wrong_secret_costs_what_an_unknown_id_costs() {
+    let db = database().await;
+    let (cached, uncached) = (new_key(&db).await, new_key(&db).await);
+    // Keys with these ids and other secrets.
+    let mut forged = Vec::new();
+    for key in [&cached, &uncached] {
+        let other = ApiKey::generate(&mut rand::rng());
+        let sql = "UPDATE tidewire.api_keys SET key_id = $2 WHERE key_id = $1";
+        sqlx::query(sql).bind(key.id().as_str()).bind(other.id().as_str()).execute(&db.pool).await.unwrap();
+        forged.push(other);
+    }
+    let store = key_store(&db);
+    // By its ticket a key is cached whatever its secret is.
+    store.admit(forged[0].id(), Utc::now()).await.unwrap();
+    for token in [&forged[0], &forged[1], &ApiKey::generate(&mut rand::rng())] {
+        let before = store.counts().lookups;
+        assert_eq!(enter(&store, token).await.unwrap_err(), AuthError::Unknown);
+        assert_eq!(store.counts().lookups, before + 1, "one query, whatever is cached");
+        assert_eq!(enter(&store, token).await.unwrap_err(), AuthError::Unknown);
+        assert_eq!(store.counts().lookups, before + 1, "and none for the same token again");
+    }
+}
+
 #[tokio::test]
 async fn a_storm_of_one_key_asks_postgres_once() {
     let db = database().await;

@@ -22,6 +22,7 @@ mod failover;
 mod filter;
 mod first_hour;
 mod hidden;
+mod key_check;
 mod limits;
 mod listen;
 mod migrations;

@@ -1,7 +1,10 @@
 //! The store of API keys: judges tokens, remembers the judgement, and takes it back when the database says so.
 //!
-//! - A key's row is read once and cached for [`KEY_CACHE_TTL`]; a reconnect storm of one key makes one query. A key id
-//!   that does not exist is remembered for [`UNKNOWN_KEY_TTL`], apart, so that a flood of guesses evicts no real key.
+//! - A key's row is read once and cached for [`KEY_CACHE_TTL`]; a reconnect storm of one key makes one query. A token
+//!   that opens nothing is remembered for [`UNKNOWN_KEY_TTL`], apart, so that a flood of guesses evicts no real key.
+//! - The cache is asked for the whole token, never for the id alone: the wrong secret of a key that exists and is cached
+//!   costs the same query, with the same empty answer, as an id that does not exist. So the time of a refusal says
+//!   nothing about which ids there are.
 //! - [`KeyStore::invalidate`] (on a notification of `tidewire_keys`) re-reads the key at once and ends every [`Access`]
 //!   that no longer holds. [`KeyStore::recheck`] (every [`RECHECK_INTERVAL`], and after each LISTEN reconnect) compares
 //!   the versions of all known keys in one query, so that a lost notification costs seconds.
@@ -40,11 +43,11 @@ use crate::telemetry::repeats::Repeats;
 
 /// How long a key's row is believed without being read again.
 pub const KEY_CACHE_TTL: Duration = Duration::from_mins(5);
-/// Most keys in the cache; what is beyond is read again on its next use.
+/// Most tokens in the cache, and keys that came in by tickets; what is beyond is read again on its next use.
 pub const MAX_CACHED_KEYS: u64 = 10_000;
-/// How long a key id that does not exist is refused without a query.
+/// How long a token that opens nothing is refused without a query.
 pub const UNKNOWN_KEY_TTL: Duration = Duration::from_secs(10);
-/// Most key ids remembered as unknown.
+/// Most tokens remembered as unknown.
 pub const MAX_UNKNOWN_KEYS: u64 = 10_000;
 /// How often the versions of all known keys are compared.
 pub const RECHECK_INTERVAL: Duration = Duration::from_secs(15);
@@ -118,8 +121,9 @@ pub struct KeyStoreCounts {
 #[derive(Debug)]
 pub struct KeyStore {
     database: Arc<Database>,
-    cached: Cache<KeyId, Arc<Entry>>,
-    unknown: Cache<KeyId, ()>,
+    cached: Cache<Credential, Arc<Entry>>,
+    /// With the key's mark when that was found out.
+    unknown: Cache<Credential, u64>,
     /// Every entry that the cache or an access holds: where a change finds them.
     entries: Mutex<HashMap<KeyId, Weak<Entry>>>,
     marks: [AtomicU64; MARKS],
@@ -130,6 +134,19 @@ pub struct KeyStore {
     counters: Counters,
     /// For the log.
     repeats: Repeats,
+}
+
+/// What someone comes with: a token, by the hash of its whole text; or, without, what stands for the key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Credential {
+    key_id: KeyId,
+    hash: Option<[u8; 32]>,
+}
+
+impl Credential {
+    fn new(key_id: &KeyId, hash: Option<&KeyHash>) -> Self {
+        Self { key_id: key_id.clone(), hash: hash.map(|hash| *hash.as_bytes()) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -189,9 +206,9 @@ impl KeyStore {
             return self.recheck().await;
         }
         let key_id = KeyId::from_stored(key_id);
-        // Before anything is read: a lookup under way must not adopt what it saw before the change.
+        // Before anything is read: a lookup under way must not adopt what it saw before the change, and what was unknown
+        // before counts no longer.
         self.mark(&key_id).fetch_add(1, Ordering::AcqRel);
-        self.unknown.invalidate(&key_id).await;
         if self.known(&key_id).is_none() {
             return Ok(());
         }
@@ -279,7 +296,8 @@ impl KeyStore {
     }
 
     async fn judge(&self, key_id: &KeyId, hash: Option<&KeyHash>, now: DateTime<Utc>) -> Result<Access, AuthError> {
-        let entry = timeout(JUDGE_TIMEOUT, self.entry(key_id)).await.map_err(|_| AuthError::Unavailable)??;
+        let credential = Credential::new(key_id, hash);
+        let entry = timeout(JUDGE_TIMEOUT, self.entry(&credential)).await.map_err(|_| AuthError::Unavailable)??;
         let row = &entry.row;
         if hash.is_some_and(|hash| !row.hash.is_some_and(|stored| stored.matches(hash))) {
             return Err(AuthError::Unknown);
@@ -298,48 +316,53 @@ impl KeyStore {
         Ok(Access::new(entry, scopes, now))
     }
 
-    /// The standing entry of a key, cached or read.
-    async fn entry(&self, key_id: &KeyId) -> Result<Arc<Entry>, AuthError> {
+    /// The standing entry that a credential opens, cached or read.
+    async fn entry(&self, credential: &Credential) -> Result<Arc<Entry>, AuthError> {
         for _ in 0..MAX_ATTEMPTS {
-            if self.unknown.get(key_id).await.is_some() {
+            if self.is_unknown(credential).await {
                 return Err(AuthError::Unknown);
             }
             let entry = self
                 .cached
-                .try_get_with_by_ref(key_id, self.look_up(key_id))
+                .try_get_with_by_ref(credential, self.look_up(credential))
                 .await
                 .map_err(|error| AuthError::clone(&error))?;
             if entry.ended().is_none() {
                 return Ok(entry);
             }
             // It ended between its lookup and its place in the cache.
-            self.cached.invalidate(key_id).await;
+            self.cached.invalidate(credential).await;
         }
         Err(AuthError::Unavailable)
     }
 
-    async fn look_up(&self, key_id: &KeyId) -> Result<Arc<Entry>, AuthError> {
+    /// Whether it was found to open nothing, and the key has not changed since.
+    async fn is_unknown(&self, credential: &Credential) -> bool {
+        let mark = self.unknown.get(credential).await;
+        mark.is_some_and(|mark| mark == self.mark(&credential.key_id).load(Ordering::Acquire))
+    }
+
+    async fn look_up(&self, credential: &Credential) -> Result<Arc<Entry>, AuthError> {
         let _place = timeout(QUERY_TIMEOUT, self.lookups.acquire()).await.map_err(|_| AuthError::Unavailable)?;
         // Another may have found out while this one waited.
-        if self.unknown.get(key_id).await.is_some() {
+        if self.is_unknown(credential).await {
             return Err(AuthError::Unknown);
         }
+        let Credential { key_id, hash } = credential;
         for _ in 0..MAX_ATTEMPTS {
             self.counters.lookups.fetch_add(1, Ordering::Relaxed);
             let mark = self.mark(key_id).load(Ordering::Acquire);
-            let row = self.ask(rows::read(&self.database.clients(), std::slice::from_ref(key_id))).await?.pop();
-            match row {
+            match self.ask(rows::read_matching(&self.database.clients(), key_id, hash.as_ref())).await? {
                 Some(row) => {
                     if let Some(entry) = self.adopt(row, mark) {
                         return Ok(entry);
                     }
                 }
                 None => {
-                    self.unknown.insert(key_id.clone(), ()).await;
-                    if self.mark(key_id).load(Ordering::Acquire) == mark {
+                    self.unknown.insert(credential.clone(), mark).await;
+                    if self.is_unknown(credential).await {
                         return Err(AuthError::Unknown);
                     }
-                    self.unknown.invalidate(key_id).await;
                 }
             }
         }
@@ -365,10 +388,11 @@ impl KeyStore {
         let read = self.ask(rows::read(&self.database.pool(), key_ids)).await;
         let now: HashMap<&str, &KeyRow> = read.iter().flatten().map(|row| (row.key_id.as_str(), row)).collect();
         for key_id in key_ids {
-            let holds =
-                read.is_ok() && self.known(key_id).is_some_and(|entry| entry.judge(now.get(key_id.as_str()).copied()));
-            if !holds {
-                self.cached.invalidate(key_id).await;
+            // The cache holds what it has: without an entry nothing is cached.
+            let Some(entry) = self.known(key_id) else { continue };
+            if read.is_err() || !entry.judge(now.get(key_id.as_str()).copied()) {
+                self.cached.invalidate(&Credential::new(key_id, entry.row.hash.as_ref())).await;
+                self.cached.invalidate(&Credential::new(key_id, None)).await;
             }
         }
         read.map(|_| ())

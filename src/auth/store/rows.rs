@@ -190,6 +190,27 @@ impl KeyRow {
     }
 }
 
+/// The row of a key, if its hash is this one. None for the hash: whatever it is. One statement for a key that does not
+/// exist and for another's secret, so that both are refused after the same work.
+pub(super) async fn read_matching(
+    pool: &PgPool,
+    key_id: &KeyId,
+    hash: Option<&[u8; 32]>,
+) -> Result<Option<KeyRow>, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT key_id, name, key_hash, scopes, version, is_active,
+                CASE WHEN expires_at BETWEEN '0001-01-01' AND '9999-12-31' THEN expires_at END AS expires_at,
+                coalesce(expires_at <= clock_timestamp(), false) AS expired
+         FROM tidewire.api_keys
+         WHERE key_id = $1 AND ($2::bytea IS NULL OR key_hash = $2)",
+    )
+    .bind(key_id.as_str())
+    .bind(hash.map(|hash| &hash[..]))
+    .fetch_optional(pool)
+    .await?;
+    row.as_ref().map(KeyRow::read).transpose()
+}
+
 /// The rows of these keys that exist, in no order.
 pub(super) async fn read(pool: &PgPool, key_ids: &[KeyId]) -> Result<Vec<KeyRow>, sqlx::Error> {
     let rows = sqlx::query(
