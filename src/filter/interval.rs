@@ -6,6 +6,7 @@
 //! have at most six digits, and of a year only the quarters are read: what is left of another one
 //! differs between versions.
 
+use super::moment;
 use super::server::Server;
 use super::value::Fault;
 
@@ -87,10 +88,10 @@ struct Amount {
     fraction: i128,
 }
 
-/// The interval's length in microseconds. `text` has no blanks around it.
+/// The interval's length in microseconds. Blanks may stand around all forms but that of ISO 8601.
 pub(super) fn parse(text: &str, server: Server) -> Result<i128, Fault> {
     if server.reads_infinite_intervals() {
-        let is = |word: &str| text.eq_ignore_ascii_case(word);
+        let is = |word: &str| text.trim_matches(moment::is_blank).eq_ignore_ascii_case(word);
         if is("infinity") || is("+infinity") {
             return Ok(INFINITY);
         }
@@ -191,6 +192,12 @@ fn parse_unit(name: &str) -> Result<Unit, Fault> {
 /// `[-]HH:MM[:SS[.ffffff]]`.
 fn parse_clock(text: &str) -> Result<i128, Fault> {
     let (sign, body) = split_sign(text);
+    // A fraction is of seconds; `1:30.5` is minutes and seconds in Postgres.
+    if body.rsplit_once(':').is_some_and(|(before, _)| before.contains('.'))
+        || body.matches(':').count() < 2 && body.contains('.')
+    {
+        return Err(Fault::Syntax);
+    }
     let mut fields = body.split(':');
     let mut field = || fields.next().map(parse_amount).transpose();
     let (Some(hours), Some(minutes)) = (field()?, field()?) else {
@@ -198,9 +205,6 @@ fn parse_clock(text: &str) -> Result<i128, Fault> {
     };
     let seconds = field()?.unwrap_or(Amount { whole: 0, fraction: 0 });
     if fields.next().is_some() || body.contains(['-', '+']) {
-        return Err(Fault::Syntax);
-    }
-    if hours.fraction != 0 || minutes.fraction != 0 {
         return Err(Fault::Syntax);
     }
     if minutes.whole > 59 || seconds.whole > 60 {
@@ -215,7 +219,11 @@ fn parse_clock(text: &str) -> Result<i128, Fault> {
 
 fn parse_amount(text: &str) -> Result<Amount, Fault> {
     let (sign, body) = split_sign(text);
-    let (whole, fraction) = body.split_once('.').unwrap_or((body, ""));
+    let (whole, fraction) = match body.split_once('.') {
+        Some((_, "")) => return Err(Fault::Syntax),
+        Some(parts) => parts,
+        None => (body, ""),
+    };
     let all_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     if whole.is_empty() || !all_digits(whole) || !all_digits(fraction) {
         return Err(Fault::Syntax);
@@ -280,6 +288,11 @@ mod tests {
             "1:-2",
             "1.5:30",
             "1:30.5",
+            "1:3.0",
+            "1.:30",
+            "1.day",
+            " P1D",
+            "P1D ",
             "0.1 years",
             "1 day 2 days",
             "1:00 1 hour",

@@ -177,8 +177,13 @@ fn parse_stamp(text: &str) -> Result<Stamp, Fault> {
     };
     let mut micros = 0;
     let mut offset = None;
-    let separated = scan.blanks() || scan.letter_t();
-    if separated && scan.peek().is_some_and(|byte| byte.is_ascii_digit()) {
+    let marked = scan.letter_t();
+    let separated = marked || scan.blanks();
+    let follows = scan.peek().is_some_and(|byte| byte.is_ascii_digit());
+    if marked && !follows {
+        return Err(Fault::Syntax);
+    }
+    if separated && follows {
         micros = scan.time_of_day()?;
         scan.blanks();
         offset = scan.offset()?;
@@ -395,6 +400,7 @@ mod tests {
             "2000-00-01",
             "0000-01-01",
             "2000011",
+            "2000-01-01T",
             "2000-01-01 25:00",
             "2000-01-01 10:60",
             "2000-01-01 10:00 Mars/Base",

@@ -16,16 +16,16 @@ impl Server {
 
     /// Integers and numerics in hexadecimal, octal and binary, and digits in groups (`1_000`): from 16 on.
     pub(super) fn reads_digit_forms(self) -> bool {
-        self.0 >= 16_00_00
+        self.0 >= 160_000
     }
 
     /// `infinity` as an interval: from 17 on.
     pub(super) fn reads_infinite_intervals(self) -> bool {
-        self.0 >= 17_00_00
+        self.0 >= 170_000
     }
 
     /// `+infinity` as a date or timestamp: from 17 on.
     pub(super) fn reads_signed_infinity(self) -> bool {
-        self.0 >= 17_00_00
+        self.0 >= 170_000
     }
 }

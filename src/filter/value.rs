@@ -213,7 +213,7 @@ pub(super) fn read(kind: ColumnType, text: &str, server: Server) -> Result<Value
         ColumnType::TimeTz => Value::ZonedTime(moment::parse_zoned_time(text)?),
         ColumnType::Timestamp => Value::Instant(moment::parse_timestamp(text, server)?),
         ColumnType::TimestampTz => Value::Instant(moment::parse_timestamptz(text, server)?),
-        ColumnType::Interval => Value::Span(interval::parse(trimmed, server)?),
+        ColumnType::Interval => Value::Span(interval::parse(text, server)?),
         ColumnType::Json | ColumnType::Jsonb | ColumnType::Composite | ColumnType::Other => return Err(Fault::Syntax),
     })
 }

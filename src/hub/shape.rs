@@ -80,8 +80,8 @@ pub fn broken_by(plan: &TablePlan, after: &str) -> Option<(ResyncReason, String)
     if basis.is_some_and(|basis| basis.differs_from(described.relid)) {
         return None;
     }
-    let news = described.changes.iter().filter(|change| !basis.is_some_and(|basis| basis.knows(change)));
-    news.into_iter().find_map(|change| broken_by_change(plan, change))
+    let mut news = described.changes.iter().filter(|change| !basis.is_some_and(|basis| basis.knows(change)));
+    news.find_map(|change| broken_by_change(plan, change))
 }
 
 fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, String)> {

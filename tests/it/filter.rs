@@ -1,6 +1,7 @@
 //! Conditions against Postgres itself: whatever a filter answers, Postgres answers.
 
 mod conditions;
+mod neighbours;
 
 use std::collections::HashMap;
 
