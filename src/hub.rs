@@ -439,13 +439,16 @@ impl Hub {
                 break;
             }
             assembly.add(&group.plans, event, &span, self.options.frame_bytes);
+            // Later frames are rendered by later pulls: those who catch up are few, and memory stays bounded.
+            if let Some(frame) = assembly.take_first() {
+                return Some(Pull::Frame(Arc::new(frame)));
+            }
             span.pass(event);
             last = Some(event);
         }
         let last = last?;
         let open = !last.tx_end;
         let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
-        // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
         Some(match assembly.finish(end, open).into_iter().next() {
             Some(frame) => Pull::Frame(Arc::new(frame)),
             None => Pull::Nothing(end),

@@ -226,7 +226,7 @@ fn build(
     });
     let context = Arc::new(Context {
         node: config.node.clone(),
-        pages: Pages::new(Arc::clone(&database), Arc::clone(&metrics)),
+        pages: Pages::new(Arc::clone(&database), options.limits.frame_bytes, Arc::clone(&metrics)),
         registry,
         keys: Arc::new(KeyStore::new(Arc::clone(&database))),
         tickets: Tickets::new(Arc::clone(&database)),
@@ -404,6 +404,7 @@ async fn watch_staleness(
             tracing::info!("Postgres is back: taking clients again");
             drain.send_replace(None);
         }
+        context.pages.sweep();
         context.metrics.ready.set(i64::from(http::health::unready(&context).is_none()));
     }
 }

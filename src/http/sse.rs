@@ -100,6 +100,7 @@ async fn hand_over(events: Events, sender: Sender<Result<Bytes, Infallible>>, co
             Poll::Pending::<std::convert::Infallible>
         });
         let sent = tokio::select! {
+            biased;
             sent = sending => sent,
             never = working => match never {},
         };

@@ -413,6 +413,11 @@ impl Assembly {
         });
     }
 
+    /// The first frame, once it is complete.
+    pub fn take_first(&mut self) -> Option<Frame> {
+        (!self.frames.is_empty()).then(|| self.frames.swap_remove(0))
+    }
+
     /// Ends at `end`, the position after the last event that was looked at.
     #[must_use]
     pub fn finish(mut self, end: Cursor, open: bool) -> Vec<Frame> {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use futures_util::TryStreamExt as _;
 use sqlx::Row as _;
 use sqlx::postgres::{PgPool, PgRow};
 use uuid::Uuid;
@@ -74,6 +75,159 @@ pub async fn events(
         let fit = (max_bytes - bytes) / (bytes / events.len()).max(1);
         ask = fit.min(events.len() * GROWTH).clamp(1, limit - events.len());
     }
+}
+
+/// What a page may be.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimits {
+    /// Most events that are looked at in one go.
+    pub events: u64,
+    /// Bytes that a page of whole transactions may have.
+    pub bytes: usize,
+    /// A transaction larger than this may be cut inside.
+    pub frame_bytes: usize,
+}
+
+/// How far a page reaches, and its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The last seq.
+    pub through: Seq,
+    /// Memory of its events, bytes, rounded up.
+    pub bytes: usize,
+}
+
+/// One event's size, for a page's extent.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    seq: Seq,
+    tx_end: bool,
+    bytes: usize,
+}
+
+/// Sizes as Postgres stores them up to which rows are measured as they are sent: what is compressed has to be unpacked to
+/// be measured, and a page is no larger than this unless it was.
+const STORED_BYTES: i64 = 256 << 10;
+/// What an event has beside the texts of its row: names of members, numbers, its place in memory.
+const EVENT_FRAME_BYTES: i64 = 512;
+
+// The inner sizes cost a look at the row's header each, the outer ones reading the value.
+const SIZES: &str = "
+    SELECT seq, tx_end,
+           $5 + octet_length(table_name)
+              + COALESCE(octet_length(row_key::text), 0)::bigint
+              + COALESCE(octet_length(old_key::text), 0)
+              + COALESCE(octet_length(before_data::text), 0)
+              + COALESCE(octet_length(after_data::text), 0)
+              + COALESCE(octet_length(event_type), 0)
+              + COALESCE(octet_length(headers::text), 0) AS bytes
+    FROM (
+        SELECT l.*, sum(l.stored) OVER (ORDER BY l.seq) - l.stored AS stored_before
+        FROM (
+            SELECT e.*,
+                   COALESCE(pg_column_size(e.row_key), 0)::bigint
+                   + COALESCE(pg_column_size(e.before_data), 0)
+                   + COALESCE(pg_column_size(e.after_data), 0)
+                   + COALESCE(pg_column_size(e.headers), 0) AS stored
+            FROM tidewire.event_log AS e
+            WHERE e.seq > $1 AND e.seq <= $2
+            ORDER BY e.seq
+            LIMIT $3
+        ) AS l
+    ) AS measured
+    WHERE stored_before < $4
+    ORDER BY seq";
+
+/// How far a page after `after` reaches, at most to `through`: whole transactions within the limits, or the first one where it
+/// is larger, or of one that is larger than a frame, a part that is. None: there is no event.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn extent(
+    pool: &PgPool,
+    after: Seq,
+    through: Seq,
+    limits: PageLimits,
+) -> Result<Option<Extent>, sqlx::Error> {
+    let mut sizes: Vec<Size> = Vec::new();
+    loop {
+        let from = sizes.last().map_or(after, |size| size.seq);
+        let rows = sqlx::query(SIZES)
+            .bind(from.cast_signed())
+            .bind(i64::try_from(through).unwrap_or(i64::MAX))
+            .bind(i64::try_from(limits.events).unwrap_or(i64::MAX))
+            .bind(STORED_BYTES)
+            .bind(EVENT_FRAME_BYTES)
+            .fetch_all(pool)
+            .await?;
+        for row in &rows {
+            let (seq, bytes): (i64, i64) = (row.try_get("seq")?, row.try_get("bytes")?);
+            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+            sizes.push(Size { seq: seq.cast_unsigned(), tx_end: row.try_get("tx_end")?, bytes });
+        }
+        let end = rows.is_empty() || sizes.last().is_none_or(|last| last.seq >= through);
+        if let Some(extent) = cut(&sizes, limits, end) {
+            return Ok(Some(extent));
+        }
+        if end {
+            return Ok(None);
+        }
+    }
+}
+
+/// Where a page of these events ends. None: that is open until more of them are known. `end`: there are no more.
+fn cut(sizes: &[Size], limits: PageLimits, end: bool) -> Option<Extent> {
+    let (mut bytes, mut ends) = (0_usize, Vec::new());
+    for size in sizes {
+        bytes = bytes.saturating_add(size.bytes);
+        if bytes > limits.bytes && !ends.is_empty() {
+            break;
+        }
+        let extent = Extent { through: size.seq, bytes };
+        if size.tx_end {
+            ends.push(extent);
+        } else if ends.is_empty() && bytes > limits.frame_bytes {
+            return Some(extent);
+        }
+    }
+    let Some(last) = ends.last() else {
+        return sizes.last().filter(|_| end).map(|last| Extent { through: last.seq, bytes });
+    };
+    // Where there is a choice, at a round number: readers that began at different places come to share pages.
+    let after = sizes.first().map_or(0, |first| first.seq.saturating_sub(1));
+    let round = [1_000, 100, 10].map(|grid| last.through / grid * grid).into_iter().find(|round| *round > after);
+    let rounded = round.and_then(|round| ends.iter().rfind(|extent| extent.through <= round));
+    Some(*rounded.unwrap_or(last))
+}
+
+/// The events after `after` through `through`, in order; what retention dropped is missing. Rows are let go of one by one.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn through(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<Event>, sqlx::Error> {
+    let mut rows = sqlx::query(EVENTS)
+        .bind(after.cast_signed())
+        .bind(i64::try_from(through).unwrap_or(i64::MAX))
+        .bind(i64::MAX)
+        .fetch(pool);
+    let (mut intern, mut events) = (Interner::default(), Vec::new());
+    while let Some(row) = rows.try_next().await? {
+        events.push(event(&row, &mut intern)?);
+    }
+    Ok(events)
+}
+
+/// The ids of the events after `after` through `through`, by seq, in order.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn ids(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<(Seq, Uuid)>, sqlx::Error> {
+    let rows = sqlx::query("SELECT seq, event_id FROM tidewire.event_log WHERE seq > $1 AND seq <= $2 ORDER BY seq")
+        .bind(after.cast_signed())
+        .bind(i64::try_from(through).unwrap_or(i64::MAX))
+        .fetch_all(pool)
+        .await?;
+    rows.into_iter().filter_map(|row| place(Some(row)).transpose()).collect()
 }
 
 /// The id of the event at `seq`, if it is still there.
@@ -232,3 +386,41 @@ async fn has_begun(pool: &PgPool, xid: u64) -> Result<bool, sqlx::Error> {
 /// How far back `sync` looks for a transaction's events. An older one has been passed by every live subscription, and
 /// the newest seq of the moment, which answers for "nothing found", lies after it.
 const SYNC_SEARCH_EVENTS: i64 = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: PageLimits = PageLimits { events: 1_000, bytes: 100, frame_bytes: 50 };
+
+    /// Events after `after`: sizes, a negative one is the end of a transaction.
+    fn cut_of(after: Seq, sizes: &[i64], end: bool) -> Option<(Seq, usize)> {
+        let sizes: Vec<Size> = (after + 1..)
+            .zip(sizes)
+            .map(|(seq, size)| Size { seq, tx_end: *size < 0, bytes: usize::try_from(size.abs()).unwrap() })
+            .collect();
+        cut(&sizes, LIMITS, end).map(|extent| (extent.through, extent.bytes))
+    }
+
+    #[test]
+    fn a_page_is_whole_transactions_or_a_part_that_is_larger_than_a_frame() {
+        for (after, sizes, end, want) in [
+            (0, &[-10, -10, -10][..], true, Some((3, 30))),
+            // Within the bytes, and at a round number.
+            (0, &[-60, -30, -30], false, Some((2, 90))),
+            (17, &[-10, -10, -10, -10, -10], false, Some((20, 30))),
+            (20, &[-10, -10, -10], true, Some((23, 30))),
+            // One event, or one transaction, may be larger.
+            (0, &[-500, -10], false, Some((1, 500))),
+            (0, &[30, -30, -50], false, Some((2, 60))),
+            // A part of one that is larger than a frame; less of it is not enough, unless there is no more.
+            (0, &[30, 30, 30, -30], false, Some((2, 60))),
+            (0, &[10, 10], false, None),
+            (0, &[10, 10], true, Some((2, 20))),
+            (0, &[-10, 10, 10], false, Some((1, 10))),
+            (0, &[], true, None),
+        ] {
+            assert_eq!(cut_of(after, sizes, end), want, "{after} {sizes:?} {end}");
+        }
+    }
+}

@@ -23,7 +23,6 @@ use self::supply::Next;
 use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
 use crate::cursor::{Cursor, Seq};
-use crate::event::Event;
 use crate::hub::Tap;
 use crate::hub::group::{Frame, Signal};
 use crate::hub::pages::Page;
@@ -78,8 +77,8 @@ struct Place {
     // Everything up to here has been handed over or was not for it.
     passed: Seq,
     generation: u64,
-    // Events of the log that follow `passed`.
-    carry: Vec<Event>,
+    // Events of the log that follow `passed`. Never held while the transport takes nothing.
+    page: Option<Page>,
     reading: bool,
     fell_back: bool,
 }
@@ -198,10 +197,14 @@ impl Session {
         self.machine.refuse(error, code);
     }
 
-    /// What waits for Postgres goes on while the transport takes nothing: others may wait for the same answer.
+    /// While the transport takes nothing: what waits for Postgres goes on, as others may wait for the same answer, and pages of
+    /// the log are let go of; they are read again.
     pub fn poll_work(&mut self, task: &mut TaskContext<'_>) {
         while let Poll::Ready(Some(done)) = self.work.poll_next_unpin(task) {
             self.settle(done);
+        }
+        for place in &mut self.places {
+            place.page = None;
         }
     }
 
@@ -370,9 +373,9 @@ impl Session {
         if mutant::is(Mutant::CaughtUpAtOnce) {
             self.machine.reached(Instant::now(), &id, cursor);
         }
-        let carry = Vec::new();
+        let page = None;
         let (suspended, reading, fell_back) = (false, false, false);
-        self.places.push(Place { id, subscribe, tap, suspended, passed, generation, carry, reading, fell_back });
+        self.places.push(Place { id, subscribe, tap, suspended, passed, generation, page, reading, fell_back });
     }
 }
 

@@ -23,6 +23,7 @@ mod filter;
 mod first_hour;
 mod hidden;
 mod key_check;
+mod history_memory;
 mod limits;
 mod listen;
 mod migrations;

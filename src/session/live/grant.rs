@@ -115,6 +115,7 @@ impl Session {
         let Some(grant) = &self.grant else { return };
         for place in &mut self.places {
             place.suspended = true;
+            place.page = None;
             let (context, scopes, view) = (Arc::clone(&self.context), Arc::clone(&grant.access.scopes), grant.view);
             let (id, subscribe, signal) =
                 (Arc::clone(&place.id), Arc::clone(&place.subscribe), Arc::clone(&self.signal));

@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::task::Context as TaskContext;
 use std::time::{Duration, Instant};
 
-use super::{Done, Emit, Session};
+use super::{Done, Emit, Place, Session};
 use crate::cursor::Cursor;
-use crate::event::Event;
 use crate::failpoint;
 use crate::hub::pages::Page;
 use crate::hub::ring::Whole;
@@ -15,8 +14,8 @@ use crate::mutant::{self, Mutant};
 use crate::protocol::message::ResyncReason;
 use crate::session::start;
 
-/// Events of the log that a session holds while it looks for the end of a transaction; by bytes the frame limit holds.
-const CARRY_EVENTS: usize = 2_000;
+/// Events of a page that one turn looks at.
+const TURN_EVENTS: usize = 1_000;
 /// Wait before the log is read again after a failure.
 const LOG_RETRY: Duration = Duration::from_millis(500);
 /// What one turn of a session skips (events that are not for it) before others get theirs.
@@ -66,9 +65,9 @@ impl Session {
         if mutant::is(Mutant::ProgressTooEarly) {
             self.machine.reached(now, &place.id, edge.boundary);
         }
-        let pull = match place.carry.is_empty() || edge.held {
+        let pull = match place.page.is_none() || edge.held {
             true => place.tap.pull(place.passed),
-            false => self.pull_carried(index),
+            false => self.pull_page(index),
         };
         if self.context.hub.edge().generation != edge.generation {
             // The log changed while this was taken from it: it may be half of the one and half of the other.
@@ -78,7 +77,7 @@ impl Session {
         match pull {
             Pull::Frame(frame) => {
                 place.passed = frame.through;
-                place.carry.retain(|event| event.seq > frame.through);
+                place.let_go_of_passed();
                 let Some(prev) = self.machine.events(now, &place.id, frame.cursor, frame.open) else {
                     return Step::Skipped;
                 };
@@ -88,7 +87,7 @@ impl Session {
             }
             Pull::Nothing(cursor) => {
                 place.passed = cursor.seq;
-                place.carry.retain(|event| event.seq > cursor.seq);
+                place.let_go_of_passed();
                 self.machine.passed(&place.id, cursor.seq);
                 Step::Skipped
             }
@@ -113,6 +112,8 @@ impl Session {
     /// Everything that this node can deliver has been delivered.
     fn idle(&mut self, index: usize, held: bool, boundary: Cursor, now: Instant) -> Step {
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
+        // Whoever waits for news holds no memory.
+        place.page = None;
         if !held {
             place.fell_back = false;
             place.passed = place.passed.max(boundary.seq);
@@ -125,7 +126,7 @@ impl Session {
     /// The log has a new epoch: does the position still belong to it?
     fn judge_anew(&mut self, index: usize, before: u64) -> Option<Step> {
         let place = self.places.get_mut(index)?;
-        place.carry.clear();
+        place.page = None;
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
         // An epoch that is no more was lost with its tail.
@@ -143,14 +144,15 @@ impl Session {
         None
     }
 
-    fn pull_carried(&mut self, index: usize) -> Pull {
+    fn pull_page(&mut self, index: usize) -> Pull {
         let edge = self.context.hub.edge();
         let Some(place) = self.places.get_mut(index) else { return Pull::Idle(edge) };
         let frame_bytes = self.context.options.limits.frame_bytes;
-        let whole = Whole::prefix(place.carry.iter(), CARRY_EVENTS, frame_bytes);
+        let Some(page) = place.page.as_ref() else { return Pull::Idle(edge) };
+        let whole = Whole::prefix(page.iter().filter(|event| event.seq > place.passed), TURN_EVENTS, frame_bytes);
         let pulled = self.context.hub.frame_of(place.tap.group(), &whole);
-        // Nothing whole yet: the next page has more of the transaction, or nobody has.
-        let all = place.carry.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
+        // Nothing whole: a page from here on has it, or nobody has.
+        let all = page.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
         pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
     }
 
@@ -160,11 +162,13 @@ impl Session {
             self.context.metrics.fallbacks_total.with_label_values(&["log"]).inc();
         }
         place.reading = true;
-        let next = place.carry.last().map_or(place.passed, |event| event.seq) + 1;
+        // Nobody holds one page while it waits for another.
+        place.page = None;
+        let after = place.passed;
         let (context, id) = (Arc::clone(&self.context), Arc::clone(&place.id));
         self.work.push(Box::pin(async move {
             let page = match failpoint::hit("resume.page").await {
-                Ok(()) => context.pages.holding(next, edge.deliverable.seq, edge.generation).await.map_err(|_| ()),
+                Ok(()) => context.pages.following(after, edge.deliverable.seq, edge.generation).await.map_err(|_| ()),
                 Err(_) => Err(()),
             };
             if page.is_err() {
@@ -181,13 +185,11 @@ impl Session {
         place.reading = false;
         // A page of the log as it was before a new epoch may hold a tail that is lost.
         let Some(page) = page.ok().filter(|_| generation == place.generation) else { return };
-        let have = place.carry.last().map_or(place.passed, |event| event.seq);
-        let mut fresh: Vec<Event> = page.iter().filter(|event| event.seq > have).cloned().collect();
-        if mutant::is(Mutant::PageLosesOne) && fresh.len() > 2 {
-            fresh.remove(fresh.len() / 2);
-        }
-        match fresh.first() {
-            Some(first) if first.seq == have + 1 => place.carry.extend(fresh),
+        let have = place.passed;
+        let loses_one = mutant::is(Mutant::PageLosesOne) && page.len() > 2;
+        let page = if loses_one { Arc::new(page.without(page.len() / 2)) } else { page };
+        match page.iter().find(|event| event.seq > have) {
+            Some(first) if first.seq == have + 1 => place.page = Some(page),
             Some(_) => {
                 let what = "the position left the log while the client was connected: read the state anew";
                 let id = id.to_string();
@@ -208,6 +210,13 @@ impl Session {
                 }));
             }
         }
+    }
+}
+
+impl Place {
+    fn let_go_of_passed(&mut self) {
+        let passed = self.passed;
+        self.page.take_if(|page| page.last().is_none_or(|last| last.seq <= passed));
     }
 }
 

@@ -101,7 +101,7 @@ async fn admit(context: &Context, cursor: Cursor, edge: Edge) -> Result<(), NotS
     }
 }
 
-/// The id of the event at `seq`; None where it was dropped but the next one is there. One page answers for all who ask
+/// The id of the event at `seq`; None where it was dropped but the next one is there. One question answers for all who ask
 /// about the same range.
 async fn id_at(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Uuid>, NotStarted> {
     if seq == 0 {
@@ -116,10 +116,10 @@ async fn id_at(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Uuid>, 
     if let Some(id) = context.hub.id_at(seq) {
         return Ok(Some(id));
     }
-    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
-    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
-    if let Some(event) = page.iter().find(|event| event.seq == seq) {
-        return Ok(Some(event.id));
+    let read = context.pages.ids(seq, edge.deliverable.seq, edge.generation).await;
+    let ids = read.map_err(|_| unavailable("the log cannot be read"))?;
+    if let Some((_, id)) = ids.iter().find(|(known, _)| *known == seq) {
+        return Ok(Some(*id));
     }
     match self::page(context, seq + 1, edge).await? {
         // The oldest position there is: its own event has just been dropped.
@@ -128,14 +128,14 @@ async fn id_at(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Uuid>, 
     }
 }
 
-/// The first seq at or after `seq` that its page still has.
+/// The first seq at or after `seq` that the log still has, near it.
 async fn page(context: &Context, seq: Seq, edge: Edge) -> Result<Option<Seq>, NotStarted> {
     if seq > edge.deliverable.seq {
         return Ok(None);
     }
-    let read = context.pages.holding(seq, edge.deliverable.seq, edge.generation).await;
-    let page = read.map_err(|_| unavailable("the log cannot be read"))?;
-    Ok(page.iter().map(|event| event.seq).find(|found| *found >= seq))
+    let read = context.pages.ids(seq, edge.deliverable.seq, edge.generation).await;
+    let ids = read.map_err(|_| unavailable("the log cannot be read"))?;
+    Ok(ids.iter().map(|(found, _)| *found).find(|found| *found >= seq))
 }
 
 /// The log's newest seq and its epochs as Postgres has them, asked by all who need them as one: whoever sends cursors that

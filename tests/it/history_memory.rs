@@ -1,0 +1,112 @@
+//! However many replay the log at once, and however large its events: the pages in memory are bounded, and nobody who does
+//! not read holds them.
+
+use serde_json::{Value, json};
+use tidewire::client::{Start, SubscribeOptions};
+use tidewire::hub::pages::HISTORY_BYTES;
+
+use crate::support::cluster::{TestCluster, TestNode};
+use crate::support::eventually;
+use crate::support::wire::Wire;
+
+/// Rows of one megabyte: together more than the node may hold.
+const ROWS: i64 = 80;
+
+/// Of this process, bytes; test clients included.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or_default() * 1024
+}
+
+fn held(node: &TestNode) -> i64 {
+    let held = node.metrics().history_bytes.get();
+    assert!(held <= i64::try_from(HISTORY_BYTES).unwrap(), "{held} bytes of pages");
+    held
+}
+
+async fn large_log() -> TestCluster {
+    let cluster = TestCluster::with(1, |settings| {
+        settings.ring_bytes = Some(1 << 20);
+        settings.slow_after_ms = Some(600_000);
+    })
+    .await;
+    for id in 1..=ROWS {
+        let note = "(SELECT string_agg(md5(g::text), '') FROM generate_series(1, 32000) g)";
+        cluster.run(&format!("INSERT INTO orders (id, note) VALUES ({id}, {note})")).await;
+    }
+    cluster.node(0).reached(ROWS as u64).await;
+    cluster
+}
+
+/// A subscriber from `from` on that reads no event.
+async fn silent(node: &TestNode, from: &Value) -> Wire {
+    let mut wire = node.wire().await;
+    wire.say(json!({"type": "subscribe", "id": "o", "tables": ["orders"], "from": from})).await;
+    wire.expect("subscribed").await;
+    wire
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replays_of_large_events_share_bounded_memory_and_silent_readers_hold_none() {
+    let cluster = large_log().await;
+    let node = cluster.node(0);
+    let mut reader = node.wire().await;
+    reader.say(json!({"type": "subscribe", "id": "o", "tables": ["orders"], "from": "oldest"})).await;
+    let mut positions = vec![reader.expect("subscribed").await["cursor"].clone()];
+    while positions.len() < usize::try_from(ROWS).unwrap() {
+        let message = reader.message().await;
+        positions.push(message["cursor"].clone());
+        held(node);
+    }
+    drop(reader);
+
+    // Each at a place of its own: none of their pages is another's.
+    let before = resident();
+    let mut silent_ones = Vec::new();
+    for position in &positions {
+        silent_ones.push(silent(node, &json!({"cursor": position})).await);
+        held(node);
+    }
+    let mut client = node.client_of(SubscribeOptions::tables(["orders"]).from(Start::Oldest)).await;
+    for id in 1..=ROWS {
+        client.expect_keys([id]).await;
+        held(node);
+    }
+    // A page for each of them, as it was once, would be 16 MB.
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 700 << 20, "{} MiB for {} silent readers", grown >> 20, silent_ones.len());
+    eprintln!("{} MiB more for {} silent readers", grown >> 20, silent_ones.len());
+
+    // Who reads again has missed nothing.
+    let mut last = silent_ones.remove(0);
+    let mut next = 1;
+    while next <= ROWS {
+        let message = last.find("events").await;
+        for event in message["events"].as_array().unwrap() {
+            assert_eq!(event["key"]["id"], json!(next));
+            next += 1;
+        }
+    }
+    drop((silent_ones, last, client));
+    eventually("what nobody reads is free for whoever comes", || {
+        node.context().connections.load(std::sync::atomic::Ordering::Relaxed) == 0
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_waits_for_memory_gets_it_in_turn() {
+    const READERS: usize = 24;
+    let cluster = large_log().await;
+    let node = cluster.node(0);
+    let readers = (0..READERS).map(async |number| {
+        // Filters of their own: their frames are nobody else's.
+        let subscribe = SubscribeOptions::tables(["orders"]).filter(format!("id > {number}")).from(Start::Oldest);
+        let mut client = node.client_of(subscribe).await;
+        client.expect_keys(i64::try_from(number).unwrap() + 1..=ROWS).await;
+        client.caught_up().await;
+        held(node);
+    });
+    futures_util::future::join_all(readers).await;
+}
