@@ -2,9 +2,8 @@
 //!
 //! Postgres is asked about every table that is not remembered, so that one tracked a moment ago is known everywhere; those
 //! who ask at the same time share one query, but never one that began before they asked. What is remembered is at most
-//! [`REFRESH_INTERVAL`] old, and doubted when the log says that the table's shape has changed. From a notification of such
-//! a change to the end of the refresh that follows it, whoever subscribes asks. Without event triggers nothing notifies:
-//! who is about to refuse a subscription for what is remembered asks first ([`Registry::look_again`]).
+//! [`REFRESH_INTERVAL`] old, and doubted when the log says that the table's shape has changed. Whoever needs the table as it
+//! is at this moment, or is about to refuse somebody for what is remembered, asks ([`Registry::look_again`]).
 //!
 //! The follower makes sure that every table is known before an event of it is routed ([`Registry::acquaint`]), so that a
 //! glob's plan for a table never rests on ignorance. What is known of a table that is gone is kept for its events that
@@ -14,8 +13,8 @@
 //! shape changed in between, the hub may have told the old subscriptions before this one was there to be told.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
@@ -70,10 +69,7 @@ pub struct Registry {
     // Who asks next; closed when its query begins.
     next: Mutex<Arc<Round>>,
     turn: tokio::sync::Mutex<()>,
-    // How many notifications of changes came, and how many of them a refresh has taken into account.
-    notified: OnceLock<watch::Receiver<u64>>,
     server: RwLock<Option<Server>>,
-    heeded: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -161,9 +157,7 @@ impl Registry {
             channels: watch::channel(Arc::default()).0,
             next: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
-            notified: OnceLock::new(),
             server: RwLock::default(),
-            heeded: AtomicU64::new(0),
         }
     }
 
@@ -173,8 +167,7 @@ impl Registry {
     /// # Errors
     /// Postgres could not be asked. Bounded by the pool's and the statement's time-outs.
     pub async fn lookup(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
-        if self.is_up_to_date()
-            && let Some(entry) = self.known.read().tables.get(name)
+        if let Some(entry) = self.known.read().tables.get(name)
             && entry.state == State::Current
         {
             return Ok(Lookup::Tracked(Arc::clone(&entry.info)));
@@ -248,11 +241,6 @@ impl Registry {
         known.tables.get(info.name.as_str()).is_none_or(|entry| entry.since.elapsed() < SETTLED_AFTER)
     }
 
-    /// No change was notified that no refresh has seen yet.
-    fn is_up_to_date(&self) -> bool {
-        self.notified.get().is_none_or(|notified| *notified.borrow() == self.heeded.load(Ordering::Acquire))
-    }
-
     /// Rises with every change of what [`Registry::cached`] says.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -287,11 +275,6 @@ impl Registry {
     /// # Errors
     /// Postgres could not be asked; what was known stays.
     pub async fn refresh(&self) -> Result<(), sqlx::Error> {
-        self.read_all().await.map(|_| ())
-    }
-
-    /// False: something changed meanwhile, and what was read was not believed.
-    async fn read_all(&self) -> Result<bool, sqlx::Error> {
         let began = self.known.read().doubts;
         let read = within(ASK_TIMEOUT, described::tracked(&self.database.pool())).await?;
         let read: Vec<Arc<TableInfo>> = read.into_iter().map(Arc::new).collect();
@@ -300,7 +283,8 @@ impl Registry {
         {
             let mut known = self.known.write();
             if known.doubts != began {
-                return Ok(false);
+                // Something changed meanwhile; the next look has it.
+                return Ok(());
             }
             known.strangers.clear();
             for info in &read {
@@ -313,7 +297,7 @@ impl Registry {
             }
         }
         self.tell(news);
-        Ok(true)
+        Ok(())
     }
 
     /// A table's shape has changed: it is asked for when it is next needed.
@@ -344,19 +328,14 @@ impl Registry {
     /// Refreshes at once, at every notification of a schema change, and now and then.
     pub async fn run(self: Arc<Self>, wakeups: Arc<Wakeups>, stop: CancellationToken) {
         let mut changes = wakeups.watch_schema();
-        let _ = self.notified.set(wakeups.watch_schema());
         loop {
-            let heeded = *changes.borrow_and_update();
+            changes.mark_unchanged();
             let refreshed = tokio::select! {
-                refreshed = self.read_all() => refreshed,
+                refreshed = self.refresh() => refreshed,
                 () = stop.cancelled() => return,
             };
             let wait = match refreshed {
-                Ok(true) => {
-                    self.heeded.store(heeded, Ordering::Release);
-                    REFRESH_INTERVAL
-                }
-                Ok(false) => REFRESH_RETRY,
+                Ok(()) => REFRESH_INTERVAL,
                 Err(error) => {
                     tracing::debug!(%error, "tracked tables could not be read; trying again");
                     REFRESH_RETRY

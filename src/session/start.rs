@@ -314,8 +314,9 @@ fn basis(info: &TableInfo) -> Basis {
     Basis { relid: info.relid, columns }
 }
 
-/// One table's plan. What is remembered of the table may be older than what the client relies on (a column added a moment
-/// ago): nobody is refused for it before Postgres was asked again, once.
+/// One table's plan. What is remembered of the table may be older than what the client relies on (a column added, or a
+/// table made anew, a moment ago). Who begins now is of the table as it is now, so Postgres is asked, once for all who come
+/// meanwhile. Who resumes is told by the log what has changed since, and not refused before Postgres was asked.
 async fn exact_plan(
     context: &Context,
     name: &TableName,
@@ -332,9 +333,11 @@ async fn exact_plan(
         return Ok((table_plan(&view, subscribe, wish)?, None));
     }
     let view = |info: &Arc<TableInfo>| View { name, info: Some(Arc::clone(info)), access, server: info.server };
-    let info = known(context, name, Memory::Trusted).await?;
+    let memory = if subscribe.from == From::Now { Memory::Doubted } else { Memory::Trusted };
+    let info = known(context, name, memory).await?;
     match table_plan(&view(&info), subscribe, wish) {
         Ok(plan) => Ok((plan, Some(info))),
+        Err(refused) if memory == Memory::Doubted => Err(refused),
         Err(refused) => {
             let now = known(context, name, Memory::Doubted).await?;
             if now == info {
