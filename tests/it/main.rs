@@ -44,3 +44,4 @@ mod strictness;
 mod support;
 mod tidy;
 mod tracking;
+mod websocket_cases;
