@@ -136,7 +136,9 @@ impl NewEvent<'_> {
                     push_changed(out, before, after);
                 }
             }
-            Operation::Event | Operation::Schema => push_member(out, "after", self.after),
+            // A domain event without a payload says so.
+            Operation::Event => push_member(out, "after", Some(self.after.unwrap_or("null"))),
+            Operation::Schema => push_member(out, "after", self.after),
             Operation::Truncate => {}
         }
     }
@@ -277,6 +279,8 @@ mod tests {
         assert!(composed(&bare).get("changed").is_none());
         let delete = NewEvent { operation: Operation::Delete, ..update() };
         assert_eq!(composed(&delete).get("after"), Some(&Value::Null));
+        let event = NewEvent { operation: Operation::Event, before: None, after: None, ..update() };
+        assert_eq!(composed(&event).get("after"), Some(&Value::Null));
     }
 
     #[test]

@@ -34,6 +34,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (6, "schema_events", include_str!("../../migrations/0006_schema_events.sql")),
     (7, "capture_safety", include_str!("../../migrations/0007_capture_safety.sql")),
     (8, "capture_bounds", include_str!("../../migrations/0008_capture_bounds.sql")),
+    (9, "capture", include_str!("../../migrations/0009_capture.sql")),
 ];
 
 /// What [`migrate`] did.

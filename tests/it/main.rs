@@ -9,6 +9,8 @@
 mod access;
 mod auth;
 mod capture;
+mod capture_binding;
+mod capture_writes;
 mod container;
 mod cors;
 mod deliver;

@@ -201,8 +201,11 @@ async fn what_a_tables_owner_has_capture_call_may_touch_nothing_of_ours() {
                 ),
             )
             .await;
-            let refused = refusal(&database.pool, "INSERT INTO t VALUES (2, 'a')").await;
-            assert!(refused.starts_with("permission denied"), "{theft}: {refused}");
+            run(&database.pool, "TRUNCATE tidewire.outbox; INSERT INTO t VALUES (2, 'a'); DELETE FROM t WHERE id = 2")
+                .await;
+            let refused = strings(&database.pool, "SELECT coalesce(omitted, '') FROM tidewire.outbox").await;
+            assert_eq!(refused.len(), 2, "{theft}");
+            assert!(refused.iter().all(|reason| reason.contains("permission denied")), "{theft}: {refused:?}");
         }
         run(&database.pool, "DROP CAST (e AS json); TRUNCATE t; INSERT INTO t VALUES (3, 'a')").await;
     }

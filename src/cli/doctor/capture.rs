@@ -22,12 +22,15 @@ const OWN_ROLE: &str = "\
 DO $$ BEGIN CREATE ROLE tidewire_capture NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
 GRANT USAGE ON SCHEMA tidewire TO tidewire_capture;
 REVOKE ALL ON tidewire.outbox FROM tidewire_capture;
-GRANT INSERT (table_name, operation, row_key, old_key, before_data, after_data, headers) ON tidewire.outbox
+GRANT INSERT (table_name, operation, row_key, old_key, before_data, after_data, headers, omitted) ON tidewire.outbox
     TO tidewire_capture;
 GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), tidewire.key_of(json, text[]),
     tidewire.column_names(oid, jsonb, text), tidewire.options_of(text), tidewire.picked(json, text[], boolean),
     tidewire.still_named(oid, int2[], text[]), tidewire.context_headers(json), tidewire.root_of(oid),
-    tidewire.is_tracked_root(oid, jsonb) TO tidewire_capture;
+    tidewire.is_tracked_root(oid, jsonb), tidewire.bound_columns(oid, jsonb, text), tidewire.carried_columns(oid, jsonb),
+    tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.reason_to_omit(text, bigint),
+    tidewire.rendered_slowly(anyelement, text, text, text), tidewire.small_key(json),
+    tidewire.rendered_change(text, text, record, record, record, record) TO tidewire_capture;
 ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
 ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;";
 
@@ -36,12 +39,14 @@ const RIGHTS: &str = "
     SELECT r.rolname::text AS role, c.relowner::regrole::text AS owner, r.oid = c.relowner AS shared, r.rolsuper AS superuser,
            has_schema_privilege(r.oid, 'tidewire', 'USAGE')
            AND (SELECT bool_and(has_column_privilege(r.oid, c.oid, name, 'INSERT'))
-                FROM unnest('{table_name,operation,row_key,old_key,before_data,after_data,headers}'::text[]) name)
+                FROM unnest('{table_name,operation,row_key,old_key,before_data,after_data,headers,omitted}'::text[]) name)
            AND (SELECT bool_and(has_function_privilege(r.oid, f.oid, 'EXECUTE'))
                 FROM pg_catalog.pg_proc f
                 WHERE f.pronamespace = 'tidewire'::regnamespace
                     AND f.proname IN ('name_text', 'table_text', 'key_of', 'column_names', 'options_of', 'picked',
-                                      'still_named', 'context_headers', 'root_of', 'is_tracked_root')) AS may,
+                                      'still_named', 'context_headers', 'root_of', 'is_tracked_root', 'bound_columns',
+                                      'carried_columns', 'select_list', 'image_statement', 'reason_to_omit',
+                                      'rendered_slowly', 'small_key', 'rendered_change')) AS may,
            r.rolsuper OR has_table_privilege(r.oid, c.oid, 'SELECT, UPDATE, DELETE')
            OR EXISTS (SELECT FROM pg_catalog.pg_auth_members m WHERE m.member = r.oid) AS more
     FROM pg_catalog.pg_proc p
