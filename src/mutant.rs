@@ -48,6 +48,10 @@ pub enum Mutant {
     StaleAfterPause,
     /// The log is trimmed to less than what is kept.
     TrimTooMuch,
+    /// Subscribers of a table that is not tracked any more are left quiet.
+    UntrackNotTold,
+    /// Subscribers of a table whose capture had a gap go on.
+    GapNotTold,
 }
 
 /// Whether this process runs as `mutant`.
@@ -70,7 +74,7 @@ mod chosen {
     static CHOSEN: OnceLock<Mutant> = OnceLock::new();
 
     /// Name, what it breaks, the classes of faults that bring it out (none: any traffic does).
-    const ALL: [(Mutant, &str, &str, &[&str]); 21] = [
+    const ALL: [(Mutant, &str, &str, &[&str]); 23] = [
         (Mutant::FloorPassesRunning, "floor_passes_running", "the relay passes transactions that still run", &[]),
         (Mutant::OrderById, "order_by_id", "transactions interleave in the log", &[]),
         (Mutant::OrderByXid, "order_by_xid", "the log's order is not that of the changes", &[]),
@@ -112,6 +116,8 @@ mod chosen {
         (Mutant::FeedTrusted, "feed_trusted", "chunks that nobody sealed are believed", &["F26"]),
         (Mutant::StaleAfterPause, "stale_after_pause", "a node that stood still takes itself for current", &["F4"]),
         (Mutant::TrimTooMuch, "trim_too_much", "the log loses what it should keep", &["F1", "F2"]),
+        (Mutant::UntrackNotTold, "untrack_not_told", "subscribers of a table that is untracked stay quiet", &["F23"]),
+        (Mutant::GapNotTold, "gap_not_told", "subscribers of a table with a gap of capture go on", &["F23"]),
     ];
 
     /// Whether this process runs as `mutant`.

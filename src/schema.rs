@@ -37,6 +37,8 @@ pub struct TableInfo {
     pub key_columns: Option<Vec<String>>,
     /// Row security is switched on.
     pub row_security: bool,
+    /// What keeps its changes from being captured, as the leader has noted it.
+    pub faults: Vec<String>,
     /// The channel of plain LISTEN users, if the table was tracked with one.
     pub notify_channel: Option<String>,
 }

@@ -24,6 +24,8 @@ pub struct TrackedTable {
     pub table: String,
     /// The columns of its key; None: it has no key.
     pub key: Option<Vec<String>>,
+    /// That key is the table's primary key, and changes with it.
+    pub primary: bool,
     /// Columns carried; None: all but `except`.
     pub columns: Option<Vec<String>>,
     /// Columns left out.
@@ -42,7 +44,19 @@ pub struct TrackedTable {
     pub faults: Vec<String>,
 }
 
-from_row!(TrackedTable { table, key, columns, except, before_image, channel, bulk, deferred, replica, faults });
+from_row!(TrackedTable {
+    table,
+    key,
+    primary,
+    columns,
+    except,
+    before_image,
+    channel,
+    bulk,
+    deferred,
+    replica,
+    faults
+});
 
 /// Runs the command.
 ///
@@ -63,7 +77,8 @@ pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
 /// Postgres away, or without Tidewire's schema.
 pub async fn tracked_tables(pool: &PgPool) -> Result<Vec<TrackedTable>, sqlx::Error> {
     sqlx::query_as(
-        "SELECT coalesce(tidewire.table_text(t.relid), t.table_name) AS table, t.key_columns AS key, t.columns,
+        "SELECT coalesce(tidewire.table_text(t.relid), t.table_name) AS table, t.key_columns AS key,
+                coalesce((o.options -> 'primary')::boolean, false) AS primary, t.columns,
                 t.except_columns AS except, t.before_image, t.bulk, t.deferred, t.replica,
                 CASE WHEN t.notify THEN tidewire.notify_channel(t.relid) END AS channel,
                 CASE WHEN c.oid IS NULL THEN ARRAY['dropped: the leader takes it off the list']
@@ -75,7 +90,12 @@ pub async fn tracked_tables(pool: &PgPool) -> Result<Vec<TrackedTable>, sqlx::Er
                                 FROM pg_catalog.pg_trigger g
                                 WHERE g.tgparentid <> 0 AND g.tgfoid = 'tidewire.capture()'::regprocedure
                                     AND g.tgenabled <> CASE WHEN (o.options ->> 'replica')::boolean THEN 'A' ELSE 'O' END
-                                    AND g.tgrelid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree(c.oid) p))
+                                    AND g.tgrelid IN (SELECT p.relid FROM pg_catalog.pg_partition_tree(c.oid) p)
+                                UNION ALL
+                                -- What the leader may not repair; it says so until it, or another, has.
+                                SELECT refused
+                                FROM jsonb_array_elements_text(t.fingerprint -> 'faults') refused
+                                WHERE refused LIKE 'repair_refused%')
                 END AS faults
          FROM tidewire.tracked_tables t
          LEFT JOIN pg_catalog.pg_class c ON c.oid = t.relid

@@ -63,9 +63,19 @@ pub async fn health(State(context): State<Arc<Context>>) -> Json<serde_json::Val
         "log": { "epoch": context.hub.epochs().newest(), "cursor": edge.boundary, "newest_seq": log_newest, "held": edge.held },
         "ring": { "events": metrics.ring_events.get(), "bytes": metrics.ring_bytes.get(), "age_ms": metrics.ring_age_ms.get() },
         "relay": { "leader": metrics.leader.get() == 1, "term": metrics.term.get(), "parked": metrics.relay_parked.get() == 1 },
+        "capture": capture(&context),
         "connections": context.connections.load(Ordering::Relaxed),
         "subscriptions": metrics.subscriptions.get(),
     }))
+}
+
+/// Tables whose changes do not all come into the log. Of no consequence for readiness: another node would not do better.
+fn capture(context: &Context) -> serde_json::Value {
+    let broken = context.registry.faults();
+    match broken.is_empty() {
+        true => serde_json::json!({ "broken": {} }),
+        false => serde_json::json!({ "broken": broken, "run": "tidewire doctor says which statement repairs each" }),
+    }
 }
 
 /// Prometheus text.

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::auth::scope::ColumnMask;
 use crate::hub::plan::TablePlan;
+use crate::mutant::{self, Mutant};
 use crate::protocol::message::ResyncReason;
 
 /// The changes that a SCHEMA event tells.
@@ -93,6 +94,7 @@ fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, 
             let what = "the table was dropped: a table of the same name is another one, subscribe to it anew";
             Some((ResyncReason::TableDropped, what.to_owned()))
         }
+        "untrack" | "capture_gap" | "capture_restored" => not_in_the_log(&change.kind, to),
         "rename_table" => changed(format!("the table is now named {to}: subscribe to that")),
         "drop_column" if uses(plan, column) && plan.mask.allows(column) => changed(dropped(column)),
         // Also the new name: before the change, rows had no such column, or another one.
@@ -109,6 +111,18 @@ fn broken_by_change(plan: &TablePlan, change: &Change) -> Option<(ResyncReason, 
         }
         "drop_column" if uses(plan, column) => changed(HIDDEN_CHANGE.to_owned()),
         "alter_column" if uses(plan, column) && unmodified(from) != unmodified(to) => changed(HIDDEN_CHANGE.to_owned()),
+        // Of one type, it was rewritten: every row has another value, and none an event.
+        "alter_column" if uses(plan, column) && from == to => changed(match plan.mask.allows(column) {
+            true => format!("the values of column {column:?}, which this subscription uses, were rewritten"),
+            false => HIDDEN_CHANGE.to_owned(),
+        }),
+        // Labels that only came are in no filter yet.
+        "alter_type" if filters(plan, column) && loses(&change.from, &change.to) => {
+            changed(match plan.mask.allows(column) {
+                true => format!("the type of column {column:?}, which this subscription's filter uses, has changed"),
+                false => HIDDEN_CHANGE.to_owned(),
+            })
+        }
         "row_security" if change.to == Value::Bool(true) && plan.condition.is_none() => changed(
             "row level security was switched on: the key needs a row condition that covers the table".to_owned(),
         ),
@@ -123,10 +137,39 @@ fn dropped(column: &str) -> String {
     format!("the column {column:?}, which this subscription uses, was dropped")
 }
 
-fn uses(plan: &TablePlan, column: &str) -> bool {
+fn filters(plan: &TablePlan, column: &str) -> bool {
     let filters = [&plan.filter, &plan.condition];
     filters.into_iter().flatten().any(|filter| filter.columns().any(|used| used == column))
-        || plan.columns.as_ref().is_some_and(|columns| columns.contains(column))
+}
+
+/// Whether a name of the one list is not in the other.
+fn loses(from: &Value, to: &Value) -> bool {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let kept = list(to);
+    list(from).iter().any(|name| !kept.contains(name))
+}
+
+/// After a gap rows are not what the events before it made of them (invariant I8).
+fn not_in_the_log(kind: &str, root: &str) -> Option<(ResyncReason, String)> {
+    let (reason, what) = match kind {
+        "untrack" if mutant::is(Mutant::UntrackNotTold) => return None,
+        "untrack" if root.is_empty() => {
+            (ResyncReason::NotTracked, "the table is not tracked any more: what changes from here on is not in the log")
+        }
+        "untrack" => {
+            return Some((
+                ResyncReason::NotTracked,
+                format!("the table is a partition of {root} now: subscribe to that"),
+            ));
+        }
+        _ if mutant::is(Mutant::GapNotTold) => return None,
+        _ => (ResyncReason::CaptureGap, "changes of the table were made that are not in the log: read the table again"),
+    };
+    Some((reason, what.to_owned()))
+}
+
+fn uses(plan: &TablePlan, column: &str) -> bool {
+    filters(plan, column) || plan.columns.as_ref().is_some_and(|columns| columns.contains(column))
 }
 
 /// A type without its length or precision, which no condition depends on: `character varying(10)` → `character varying`.
@@ -254,6 +297,9 @@ mod tests {
             r#"{"kind":"alter_column","column":"status","from":"character varying(10)","to":"character varying(20)"}"#,
             r#"{"kind":"key","from":["id"],"to":null}"#,
             r#"{"kind":"capture_broken","message":"disabled"}"#,
+            r#"{"kind":"attach_partition","to":"public.p1"}"#,
+            r#"{"kind":"alter_type","column":"status","type":"s","from":["new"],"to":["new","paid"]}"#,
+            r#"{"kind":"alter_type","column":"note","type":"s","from":["new"],"to":["old"]}"#,
             r#"{"kind":"something_later","column":"status"}"#,
         ] {
             assert_eq!(broken_by(&plan, &after(change)), None, "{change}");
@@ -270,6 +316,31 @@ mod tests {
         let (reason, message) = broken_by(&everything, &after(renamed)).unwrap();
         assert_eq!(reason, ResyncReason::SchemaChanged);
         assert!(message.contains("public.b"), "{message}");
+    }
+
+    #[test]
+    fn untracking_and_a_gap_end_every_subscription() {
+        let everything = plan(None, None, None);
+        for (change, reason) in [
+            (r#"{"kind":"untrack"}"#, ResyncReason::NotTracked),
+            (r#"{"kind":"untrack","to":"public.p"}"#, ResyncReason::NotTracked),
+            (r#"{"kind":"capture_gap","message":"disabled"}"#, ResyncReason::CaptureGap),
+            (r#"{"kind":"capture_restored"}"#, ResyncReason::CaptureGap),
+        ] {
+            assert_eq!(broken_by(&everything, &after(change)).unwrap().0, reason, "{change}");
+        }
+    }
+
+    #[test]
+    fn other_values_and_other_labels_end_those_that_use_them() {
+        let filter = plan(Some("status = 'paid'"), None, None);
+        for change in [
+            r#"{"kind":"alter_column","column":"status","from":"text","to":"text"}"#,
+            r#"{"kind":"alter_type","column":"status","type":"s","from":["new","paid"],"to":["new","settled"]}"#,
+        ] {
+            assert_eq!(broken_by(&filter, &after(change)).unwrap().0, ResyncReason::SchemaChanged, "{change}");
+            assert_eq!(broken_by(&plan(None, None, None), &after(change)), None, "{change}");
+        }
     }
 
     #[test]

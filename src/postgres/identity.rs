@@ -71,10 +71,12 @@ impl Identity {
 
 /// Asks a connection; None from a server in recovery.
 pub(super) async fn ask(connection: &mut PgConnection) -> Result<Option<Incarnation>, sqlx::Error> {
-    // pg_walfile_name fails in recovery, hence the CASE.
+    // pg_walfile_name fails in recovery, hence the CASE. Every connection asks this first, so this is also where a backslash
+    // comes to mean itself, whatever the role or the database has set.
     let row = sqlx::query(
         "SELECT (SELECT system_identifier FROM pg_control_system()),
-                CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END",
+                CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,
+                set_config('standard_conforming_strings', 'on', false)",
     )
     .persistent(false)
     .fetch_one(connection)

@@ -21,7 +21,9 @@ const MIGRATION_LOCK: i64 = 8_388_068_008_253_452_903;
 const LOCK_WAIT: Duration = Duration::from_secs(60);
 const LOCK_RETRY: Duration = Duration::from_millis(100);
 /// A migration that waits longer for a table gives up: writers queue behind it.
-const LOCK_TIMEOUT: &str = "SET lock_timeout = '10s'";
+/// And backslashes in it mean themselves, whatever the role or the database has set.
+const SESSION: &str =
+    "SELECT set_config('lock_timeout', '10s', false), set_config('standard_conforming_strings', 'on', false)";
 const TABLE: &str = "tidewire.schema_migrations";
 
 /// Number, name and text of every migration, in order. A landed one never changes.
@@ -35,6 +37,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (7, "capture_safety", include_str!("../../migrations/0007_capture_safety.sql")),
     (8, "capture_bounds", include_str!("../../migrations/0008_capture_bounds.sql")),
     (9, "capture", include_str!("../../migrations/0009_capture.sql")),
+    (10, "tracking", include_str!("../../migrations/0010_tracking.sql")),
 ];
 
 /// What [`migrate`] did.
@@ -145,7 +148,7 @@ async fn migrate_on(connection: &mut PgConnection) -> Result<Outcome, MigrationE
     // Another node may have been at it meanwhile.
     let from = applied(connection).await?;
     if from < version() {
-        sqlx::query(LOCK_TIMEOUT).execute(&mut *connection).await?;
+        sqlx::query(SESSION).execute(&mut *connection).await?;
         migrator(connection).await?.run_direct(None, &mut *connection, false).await.map_err(explain)?;
     }
     Ok(Outcome { from, to: version() })

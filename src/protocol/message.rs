@@ -261,6 +261,10 @@ pub enum ResyncReason {
     SchemaChanged,
     /// The table is gone.
     TableDropped,
+    /// The table is not tracked any more.
+    NotTracked,
+    /// Changes were made that are not in the log.
+    CaptureGap,
     /// The position left the log while connected.
     TooFarBehind,
 }
@@ -273,6 +277,8 @@ impl ResyncReason {
         Self::CursorInvalid,
         Self::SchemaChanged,
         Self::TableDropped,
+        Self::NotTracked,
+        Self::CaptureGap,
         Self::TooFarBehind,
     ];
 
@@ -285,6 +291,8 @@ impl ResyncReason {
             Self::CursorInvalid => "cursor_invalid",
             Self::SchemaChanged => "schema_changed",
             Self::TableDropped => "table_dropped",
+            Self::NotTracked => "not_tracked",
+            Self::CaptureGap => "capture_gap",
             Self::TooFarBehind => "too_far_behind",
         }
     }

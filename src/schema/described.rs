@@ -20,7 +20,8 @@ macro_rules! described {
                     CASE WHEN o.options IS NULL THEN t.except_columns ELSE tidewire.column_names(c.oid, o.options, 'except_columns') END
                         AS except_columns,
                     coalesce((o.options ->> 'before_image')::boolean, t.before_image, true) AS before_image,
-                    CASE WHEN coalesce((o.options ->> 'notify')::boolean, t.notify) THEN tidewire.notify_channel(c.oid) END AS notify_channel, ",
+                    CASE WHEN coalesce((o.options ->> 'notify')::boolean, t.notify) THEN tidewire.notify_channel(c.oid) END AS notify_channel,
+                    coalesce(t.fingerprint -> 'faults', '[]') AS faults, ",
             $from,
             " LEFT JOIN LATERAL (SELECT CASE WHEN c.relispartition AND t.relid IS NULL THEN NULL
                                          ELSE tidewire.tracked_options(c.oid) END AS options) AS o ON true"
@@ -160,6 +161,7 @@ fn table_info(row: &PgRow) -> Result<TableInfo, sqlx::Error> {
         before_image: row.try_get("before_image")?,
         key_columns,
         row_security: shape.row_security,
+        faults: row.try_get::<sqlx::types::Json<Vec<String>>, _>("faults")?.0,
         notify_channel: row.try_get("notify_channel")?,
     })
 }

@@ -23,6 +23,18 @@ pub struct Fingerprint {
     /// Partitions that hold rows, by OID; None: not looked at.
     #[serde(default)]
     pub leaves: Option<BTreeMap<String, String>>,
+    /// Those of them that may have brought rows when they were attached, by OID.
+    #[serde(default)]
+    pub attached: Vec<String>,
+    /// Where Postgres keeps the rows of the table and its partitions, by OID: another number after every rewrite.
+    #[serde(default)]
+    pub storage: BTreeMap<String, i64>,
+    /// The transaction that last changed each column's definition, by its number.
+    #[serde(default)]
+    pub moved: BTreeMap<i16, String>,
+    /// What the columns' enums and composite types consist of, by the column's number: labels or members, by OID or number.
+    #[serde(default)]
+    pub types: BTreeMap<i16, BTreeMap<String, String>>,
     /// The options of `tidewire.track()`; None: not looked at, or the triggers that carry them are gone.
     #[serde(default)]
     pub options: Option<Value>,
@@ -99,12 +111,19 @@ pub fn changes(was: &Fingerprint, now: &Fingerprint) -> Vec<Change> {
     if was.row_security != now.row_security {
         found.push(Change::moved("row_security", was.row_security, now.row_security));
     }
+    let attached = &now.attached;
     if let (Some(was), Some(now)) = (&was.leaves, &now.leaves) {
         let gone = was.iter().filter(|(oid, _)| !now.contains_key(*oid));
         found.extend(gone.map(|(_, name)| Change {
             from: Some(name.as_str().into()),
             message: Some("its rows left the table without an event for each".to_owned()),
             ..Change::new("detach_partition")
+        }));
+        let come = now.iter().filter(|(oid, _)| !was.contains_key(*oid) && attached.contains(oid));
+        found.extend(come.map(|(_, name)| Change {
+            to: Some(name.as_str().into()),
+            message: Some("rows that it already had came into the table without an event for each".to_owned()),
+            ..Change::new("attach_partition")
         }));
     }
     if now.faults.iter().any(|fault| !was.faults.contains(fault)) {
@@ -118,6 +137,8 @@ pub fn changes(was: &Fingerprint, now: &Fingerprint) -> Vec<Change> {
 }
 
 fn column_changes(was: &Fingerprint, now: &Fingerprint, found: &mut Vec<Change>) {
+    // Neither is enough: VACUUM FULL moves the rows, SET DEFAULT the definition.
+    let rewritten = was.storage.iter().any(|(oid, number)| now.storage.get(oid).is_some_and(|now| now != number));
     for old in &was.columns {
         let Some(new) = now.columns.iter().find(|new| new.attnum == old.attnum) else {
             found.push(Change::new("drop_column").of(&old.name, &old.of_type));
@@ -130,6 +151,18 @@ fn column_changes(was: &Fingerprint, now: &Fingerprint, found: &mut Vec<Change>)
         if (old.type_oid, &old.of_type) != (new.type_oid, &new.of_type) {
             let altered = Change::moved("alter_column", old.of_type.as_str(), new.of_type.as_str());
             found.push(altered.of(&new.name, &new.of_type));
+        } else if rewritten && was.moved.get(&old.attnum).is_some_and(|moved| now.moved.get(&old.attnum) != Some(moved))
+        {
+            let altered = Change::moved("alter_column", old.of_type.as_str(), new.of_type.as_str());
+            let message = Some("its values were rewritten without an event for each row".to_owned());
+            found.push(Change { message, ..altered }.of(&new.name, &new.of_type));
+        }
+        if let (Some(before), Some(after)) = (was.types.get(&old.attnum), now.types.get(&old.attnum))
+            && old.type_oid == new.type_oid
+            && before != after
+        {
+            let parts = |of: &BTreeMap<String, String>| of.values().cloned().collect::<Vec<_>>();
+            found.push(Change::moved("alter_type", parts(before), parts(after)).of(&new.name, &new.of_type));
         }
     }
     for new in &now.columns {
@@ -181,7 +214,8 @@ mod tests {
     fn base() -> Value {
         json!({"name": "public.t", "kind": "r", "row_security": false, "key": ["id"],
             "columns": [column(1, "id", "bigint"), column(2, "a", "text")], "triggers": {}, "partitions": [],
-            "leaves": {"10": "public.p1", "11": "public.p2"}, "options": {"primary": true, "key": [1]}, "faults": []})
+            "leaves": {"10": "public.p1", "11": "public.p2"},
+            "storage": {"9": 9}, "moved": {"1": "700", "2": "700"}, "types": {"2": {"50": "new", "51": "paid"}}, "options": {"primary": true, "key": [1]}, "faults": []})
     }
 
     fn diff(change: impl FnOnce(&mut Value)) -> Vec<Value> {
@@ -258,6 +292,42 @@ mod tests {
         assert_eq!(
             (left.len(), &left[0]["kind"], &left[0]["from"]),
             (1, &json!("detach_partition"), &json!("public.p1"))
+        );
+    }
+
+    #[test]
+    fn a_partition_that_brings_rows_is_told_and_one_made_in_place_is_not() {
+        assert!(diff(|now| now["leaves"]["12"] = json!("public.p3")).is_empty());
+        let came = diff(|now| {
+            now["leaves"]["12"] = json!("public.p3");
+            now["attached"] = json!(["10", "12"]);
+        });
+        assert_eq!(
+            (came.len(), &came[0]["kind"], &came[0]["to"]),
+            (1, &json!("attach_partition"), &json!("public.p3"))
+        );
+    }
+
+    #[test]
+    fn other_values_are_told_only_where_definition_and_rows_moved() {
+        assert!(diff(|now| now["storage"]["9"] = json!(10)).is_empty());
+        assert!(diff(|now| now["moved"]["2"] = json!("701")).is_empty());
+        let rewritten = diff(|now| {
+            now["storage"]["9"] = json!(10);
+            now["moved"]["2"] = json!("701");
+        });
+        assert_eq!(rewritten.len(), 1);
+        assert_eq!((&rewritten[0]["kind"], &rewritten[0]["column"]), (&json!("alter_column"), &json!("a")));
+        assert_eq!(rewritten[0]["from"], rewritten[0]["to"]);
+    }
+
+    #[test]
+    fn a_renamed_label_is_told() {
+        assert_eq!(
+            diff(|now| now["types"]["2"]["51"] = json!("settled")),
+            [
+                json!({"kind": "alter_type", "column": "a", "from": ["new", "paid"], "to": ["new", "settled"], "type": "text"})
+            ]
         );
     }
 

@@ -12,7 +12,7 @@
 //! A session that compiled a filter with a [`TableInfo`] and has then joined the hub asks [`Registry::is_current`]: if the
 //! shape changed in between, the hub may have told the old subscriptions before this one was there to be told.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -225,6 +225,14 @@ impl Registry {
     #[must_use]
     pub fn known_server(&self) -> Option<Server> {
         *self.server.read()
+    }
+
+    /// The tracked tables whose capture is broken, and by what, as far as this node has heard.
+    #[must_use]
+    pub fn faults(&self) -> BTreeMap<String, Vec<String>> {
+        let known = self.known.read();
+        let present = known.tables.values().filter(|entry| entry.state != State::Gone && !entry.info.faults.is_empty());
+        present.map(|entry| (entry.info.name.as_str().to_owned(), entry.info.faults.clone())).collect()
     }
 
     /// Whether a table still looks like this, as far as this node has heard.

@@ -134,7 +134,9 @@ async fn refresh(connection: &mut PgConnection) -> Result<(Faults, BTreeMap<u32,
         let told = detail.map_or_else(|| problem.clone(), |detail| format!("{problem}: {detail}"));
         match problem.as_str() {
             "dropped" => continue,
-            "trigger_missing" | "trigger_disabled" => broken.entry(relid.0).or_default().push(told.clone()),
+            "trigger_missing" | "trigger_disabled" | "repair_refused" => {
+                broken.entry(relid.0).or_default().push(told.clone())
+            }
             _ => {}
         }
         faults.entry(table).or_default().push(told);
@@ -160,11 +162,8 @@ const CHANGED: &str = "
     SELECT t.relid, t.fingerprint::text AS was, present.fingerprint::text AS now
     FROM tidewire.tracked_tables t
     CROSS JOIN LATERAL (
-        SELECT tidewire.table_fingerprint(t.relid) || jsonb_build_object(
-            'options', tidewire.tracked_options(t.relid),
-            'leaves', (SELECT coalesce(jsonb_object_agg(p.relid::oid::text, tidewire.table_text(p.relid)), '{}')
-                       FROM pg_catalog.pg_partition_tree(t.relid) p WHERE p.isleaf AND p.relid <> t.relid),
-            'faults', coalesce($1::jsonb -> t.relid::text, '[]')) AS fingerprint) AS present
+        SELECT tidewire.table_look(t.relid)
+               || jsonb_build_object('faults', coalesce($1::jsonb -> t.relid::text, '[]')) AS fingerprint) AS present
     WHERE present.fingerprint IS NOT NULL AND t.fingerprint IS DISTINCT FROM present.fingerprint
     ORDER BY t.relid";
 

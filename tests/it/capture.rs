@@ -395,7 +395,8 @@ async fn tracking_again_changes_the_options_and_untracking_leaves_nothing() {
     run(&database.pool, "INSERT INTO p VALUES (1)").await;
     assert_eq!(captured(&database.pool).await.len(), 1);
     run(&database.pool, "SELECT tidewire.untrack('p'); SELECT tidewire.untrack('p'); DELETE FROM p").await;
-    assert_eq!(captured(&database.pool).await.len(), 0);
+    let told = captured(&database.pool).await;
+    assert!(told.len() == 1 && told[0].starts_with("SCHEMA"), "that it is not tracked any more: {told:?}");
     let left = strings(&database.pool, "SELECT tgname::text FROM pg_trigger WHERE tgname LIKE '!tidewire%' UNION ALL SELECT table_name FROM tidewire.tracked_tables").await;
     assert_eq!(left, Vec::<String>::new());
 }

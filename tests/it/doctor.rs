@@ -116,6 +116,25 @@ async fn a_row_trigger_that_changes_its_own_table_is_found() {
 }
 
 #[tokio::test]
+async fn what_makes_clients_hold_wrong_rows_is_warned_of() {
+    let db = database().await;
+    run(
+        &db,
+        "CREATE TABLE moved (id int PRIMARY KEY DEFERRABLE); CREATE TABLE loose (id int PRIMARY KEY, a int);
+         CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY LIST (id); SELECT tidewire.track('moved'),
+         tidewire.track('loose', key => '{a}'), tidewire.track('parted', bulk => true)",
+    )
+    .await;
+    let found = complaints(&db, "tables").await;
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(found[0].what.contains("public.loose: column a of its key may be null"), "{found:#?}");
+    assert!(found[1].what.contains("public.moved: its key constraint is DEFERRABLE"), "{found:#?}");
+    run(&db, "DROP EVENT TRIGGER tidewire_attach").await;
+    let found = complaints(&db, "tables").await;
+    assert!(found.iter().any(|finding| finding.what.starts_with("public.parted is captured in bulk")), "{found:#?}");
+}
+
+#[tokio::test]
 async fn whoever_locks_the_outbox_is_named() {
     let db = database().await;
     run(&db, "SELECT tidewire.emit('order', '1', 'paid', '{}')").await;
@@ -169,7 +188,7 @@ async fn the_commands_work_from_an_empty_database_on() {
     let status = answer(&db, &["status", "--json"]).await;
     assert_eq!(
         (&status["leader"], &status["outbox"]["events"], &status["log"]["newest"]),
-        (&Value::Null, &0.into(), &0.into())
+        (&Value::Null, &1.into(), &0.into())
     );
     let text = tidewire(&db, &["status"]).await.stdout;
     assert!(String::from_utf8_lossy(&text).contains("none: nothing is relayed"), "{text:?}");

@@ -92,7 +92,9 @@ fn triggers(tables: &[TrackedTable]) -> Vec<Finding> {
             return Finding::warning("triggers", format!("{what} (a running leader mends this within seconds)"));
         }
         let what = format!("{what}; changes made meanwhile are not in the log: let clients read the table anew");
-        Finding::problem("triggers", what).run(remedy(table))
+        let refused = table.faults.iter().any(|fault| fault.starts_with("repair_refused"));
+        let who = if refused { " -- as the table's owner: the nodes' role may not" } else { "" };
+        Finding::problem("triggers", what).run(format!("{}{who}", remedy(table)))
     });
     judged.collect()
 }
@@ -119,7 +121,11 @@ fn track(table: &TrackedTable, deferred: bool) -> String {
         format!("ARRAY[{}]::text[]", names.join(", "))
     };
     let mut call = format!("SELECT tidewire.track({}", literal(&quoted(&table.table)));
-    let lists = [("columns", &table.columns), ("except_columns", &table.except), ("key", &table.key)];
+    let lists = [
+        ("columns", &table.columns),
+        ("except_columns", &table.except),
+        ("key", if table.primary { &None } else { &table.key }),
+    ];
     for (name, names) in lists.into_iter().filter_map(|(name, names)| Some((name, names.as_ref()?))) {
         call.push_str(&format!(", {name} => {}", list(names)));
     }
@@ -193,6 +199,9 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         "SELECT tidewire.table_text(c.oid) AS name, c.relpersistence = 'u' AS unlogged, c.relrowsecurity AS secured,
                 c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = c.oid) AS inherited,
                 t.key_columns IS NULL AS keyless,
+                tidewire.key_problem(c.oid, t.key_columns) AS key_problem,
+                t.bulk AND c.relkind = 'p' AND NOT EXISTS (
+                    SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'tidewire_attach' AND evtenabled <> 'D') AS late,
                 t.notify AND octet_length(tidewire.notify_channel(c.oid)) > 63 AS unnotified
          FROM tidewire.tracked_tables t JOIN pg_catalog.pg_class c ON c.oid = t.relid
          ORDER BY 1",
@@ -211,6 +220,14 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
                 findings.push(Finding::note("tables", format!("{name} {what}")));
             }
         }
+        if let Some(problem) = row.try_get::<Option<String>, _>("key_problem")? {
+            findings.push(Finding::warning("tables", format!("{name}: {problem}")));
+        }
+        if row.try_get("late")? {
+            let what = "is captured in bulk, and there are no event triggers here: what is written into a new partition before the \
+                        leader has looked (two seconds) is not in the log. Track it without bulk, or migrate as a superuser";
+            findings.push(Finding::warning("tables", format!("{name} {what}")));
+        }
         if row.try_get("unnotified")? {
             let what = "has a name too long for a channel (63 bytes with cdc_): nobody who listens there is notified";
             findings.push(Finding::warning("tables", format!("{name} {what}")));
@@ -228,6 +245,7 @@ mod tests {
         let table = TrackedTable {
             table: r#"public."o'clock x""#.to_owned(),
             key: Some(vec!["a".to_owned(), "B".to_owned()]),
+            primary: false,
             columns: None,
             except: Some(vec!["body".to_owned()]),
             before_image: false,

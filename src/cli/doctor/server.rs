@@ -101,7 +101,7 @@ async fn asked_privileges(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         "SELECT current_user::text AS role, pg_get_userbyid(relowner)::text AS owner,
                 pg_has_role(relowner, 'USAGE') AS owns, pg_has_role('pg_read_all_stats', 'USAGE') AS sees,
                 (SELECT count(*) FROM pg_catalog.pg_event_trigger
-                 WHERE evtname IN ('tidewire_ddl', 'tidewire_drop') AND evtenabled <> 'D') AS event_triggers
+                 WHERE evtname IN ('tidewire_attach', 'tidewire_ddl', 'tidewire_drop') AND evtenabled <> 'D') AS event_triggers
          FROM pg_catalog.pg_class WHERE oid = 'tidewire.outbox'::regclass",
     )
     .await?;
@@ -120,8 +120,9 @@ async fn asked_privileges(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
             format!("{role} does not see what other roles' sessions do: whoever holds things up stays nameless here");
         findings.push(Finding::note("privileges", what).run(format!("GRANT pg_read_all_stats TO \"{role}\";")));
     }
-    if row.try_get::<i64, _>("event_triggers")? < 2 {
-        let what = "without event triggers, changes of tables are noticed within two seconds instead of at once";
+    if row.try_get::<i64, _>("event_triggers")? < 3 {
+        let what = "without event triggers, changes of tables are noticed within two seconds instead of at once, and a capture \
+                    trigger that is disabled and enabled again in between is not noticed at all";
         findings.push(Finding::note("event triggers", what));
     }
     Ok(findings)
