@@ -21,6 +21,7 @@ mod processes;
 mod raw;
 mod recovery;
 mod slot;
+mod tracking;
 mod transactions;
 
 use std::sync::Arc;
@@ -125,6 +126,7 @@ async fn perform(act: &mut Act<'_>) -> anyhow::Result<()> {
         "F19" => clients::storm(act).await,
         "F20" => processes::rolling_restart(act).await,
         "F21" => clock::jump(act).await,
+        "F23" if matches!(act.fault.variant.as_str(), "untrack" | "gap") => tracking::missing(act).await,
         "F23" => keys::revoke(act).await,
         "F24" => clients::hostile(act).await,
         "F27" => memory::cap(act).await,

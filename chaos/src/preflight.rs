@@ -40,7 +40,7 @@ pub const CLASSES: [(&str, &str); 28] = [
     ("F20", "rolling restart"),
     ("F21", "the clock jumps an hour"),
     ("F22", "Kafka killed, paused, full"),
-    ("F23", "keys made and revoked meanwhile"),
+    ("F23", "keys made and revoked, a table untracked, its triggers disabled"),
     ("F24", "hostile clients"),
     ("F25", "two to four at once"),
     ("F26", "a held notification queue, forged and replayed notifications"),

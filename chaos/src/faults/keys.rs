@@ -20,8 +20,8 @@ const SOCKETS: usize = 6;
 
 /// A key, as `tidewire keys create --json` prints it.
 #[derive(Deserialize)]
-struct Created {
-    key: String,
+pub(super) struct Created {
+    pub(super) key: String,
     key_id: String,
 }
 
@@ -88,7 +88,7 @@ async fn connect(act: &Act<'_>, key: &str) -> anyhow::Result<(Client, Subscripti
 }
 
 /// Through the command line, as an operator does it.
-async fn create(act: &Act<'_>, name: &str) -> anyhow::Result<Created> {
+pub(super) async fn create(act: &Act<'_>, name: &str) -> anyhow::Result<Created> {
     let text = act.cluster().tidewire(&["keys", "create", "--all", "--json", "--name", name]).await?;
     serde_json::from_str(&text).context("what tidewire keys create printed")
 }

@@ -247,7 +247,18 @@ pub(super) const DECK: &[Class] = &[
             full("follower +1h", 12_000, 14_000),
         ],
     ),
-    class("F23", Takes::NOTHING, 3_000, 1, &[full("revoke", 2_000, 4_000), full("rotate", 2_000, 4_000)]),
+    class(
+        "F23",
+        Takes::NOTHING,
+        3_000,
+        1,
+        &[
+            full("revoke", 2_000, 4_000),
+            full("untrack", 1_000, 2_000),
+            full("rotate", 2_000, 4_000),
+            full("gap", 1_000, 2_000),
+        ],
+    ),
     class("F24", Takes::NOTHING, 3_000, 1, &[full("hostile", 5_000, 8_000)]),
     class(
         "F26",

@@ -1,0 +1,70 @@
+//! A table untracked, or its capture triggers disabled, while somebody listens: F23.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use sqlx::AssertSqlSafe;
+use tidewire::client::{Client, ClientError, ConnectOptions, Resync, ResyncReason, SubscribeOptions, Subscription};
+
+use super::act::Act;
+use super::keys;
+
+/// The leader's work is part of it, and another fault may have it.
+const AT_WORST: Duration = Duration::from_secs(30);
+/// Making the table, and a connection.
+const SET_UP: Duration = Duration::from_secs(20);
+/// Nobody's but this fault's: no row is ever written to it, so the log has only what tracking tells.
+const TABLE: &str = "public.chaos_aside";
+
+/// F23: whoever listens to the table is told that changes of it will be missing, by the reason that is documented.
+pub(super) async fn missing(act: &mut Act<'_>) -> anyhow::Result<()> {
+    let (sql, reason) = match act.fault.variant.as_str() {
+        "untrack" => (
+            format!("BEGIN; SELECT tidewire.untrack('{TABLE}'); SELECT tidewire.track('{TABLE}'); COMMIT"),
+            ResyncReason::NotTracked,
+        ),
+        _ => (
+            format!("BEGIN; ALTER TABLE {TABLE} DISABLE TRIGGER ALL; ALTER TABLE {TABLE} ENABLE TRIGGER ALL; COMMIT"),
+            ResyncReason::CaptureGap,
+        ),
+    };
+    let mut admin = act.cluster().admin().await?;
+    let table = format!("CREATE TABLE IF NOT EXISTS {TABLE} (id bigint PRIMARY KEY); SELECT tidewire.track('{TABLE}')");
+    sqlx::raw_sql(AssertSqlSafe(table)).execute(&mut admin).await?;
+    let (_client, mut subscription) = connect(act).await?;
+    act.on(TABLE);
+    act.hold().await;
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut admin).await?;
+    act.took = true;
+    match tokio::time::timeout(AT_WORST, resync(&mut subscription)).await {
+        Ok(Ok(told)) if told.reason == reason => {}
+        Ok(Ok(told)) => act.violation(format!("a subscriber of {TABLE} was told {}", told.reason.as_str())),
+        Ok(Err(error)) => act.violation(format!("a subscription to {TABLE} ended otherwise: {error:#}")),
+        Err(_) => {
+            act.violation(format!("a subscriber of {TABLE} was not told that changes are missing, in {AT_WORST:?}"))
+        }
+    }
+    act.off();
+    Ok(())
+}
+
+async fn resync(subscription: &mut Subscription) -> anyhow::Result<Box<Resync>> {
+    loop {
+        match subscription.next().await {
+            Some(Ok(_)) => {}
+            Some(Err(ClientError::Resync(told))) => return Ok(told),
+            Some(Err(error)) => return Err(error.into()),
+            None => bail!("it ended without a word"),
+        }
+    }
+}
+
+async fn connect(act: &Act<'_>) -> anyhow::Result<(Client, Subscription)> {
+    let key = keys::create(act, "chaos-tracking").await?.key;
+    let set_up = async {
+        let client = Client::connect(ConnectOptions::new(act.cluster().url()).key(&key)).await?;
+        let subscription = client.subscribe(SubscribeOptions::tables([TABLE])).await?;
+        Ok((client, subscription))
+    };
+    tokio::time::timeout(SET_UP, set_up).await.context("a subscription to a table of its own")?
+}
