@@ -7,7 +7,7 @@
 -- * Old and new rows of a statement are paired by position only where that is true.
 --
 -- Arguments of every capture trigger: those of migration 3, but where the flags of [0] have an n, [5] has the numbers of the key
--- columns, and their names follow. Triggers without it are those of migration 8; they work until they are installed again.
+-- columns, and their names follow; f: the only key column is the first of the table; m: see to_pinned_json(). Triggers without n are those of migration 8; they work until they are installed again.
 SELECT set_config('role', pg_get_userbyid(relowner), true) FROM pg_catalog.pg_class WHERE oid = 'tidewire.outbox'::regclass;
 
 ALTER TABLE tidewire.outbox ADD COLUMN IF NOT EXISTS omitted text;
@@ -61,7 +61,8 @@ END $$;
 -- A row and its key, column by column: what a row trigger does where the direct way fails. `failure`: why the row is known to be
 -- beyond rendering.
 CREATE FUNCTION tidewire.rendered_slowly(given anyelement, image_statement text, key_statement text, failure text,
-    OUT image json, OUT key json, OUT omitted text) LANGUAGE plpgsql AS $$
+    OUT image json, OUT key json, OUT omitted text) LANGUAGE plpgsql
+    SET lc_monetary = 'C' SET quote_all_identifiers = off AS $$
 BEGIN
     omitted := failure;
     IF key_statement IS NOT NULL THEN
@@ -105,10 +106,16 @@ BEGIN
     RETURN CASE WHEN octet_length(key::text) <= 8192 THEN key END;
 END $$;
 
+-- For tables with columns whose text depends on more of the session than capture() sets: those two settings cost a writer 5 µs a row.
+CREATE FUNCTION tidewire.to_pinned_json(given anyelement) RETURNS json LANGUAGE plpgsql STABLE
+    SET lc_monetary = 'C' SET quote_all_identifiers = off AS $$
+BEGIN
+    RETURN to_json(given);
+END $$;
+
 CREATE OR REPLACE FUNCTION tidewire.capture() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
     SET TimeZone = 'UTC' SET DateStyle = 'ISO' SET IntervalStyle = 'iso_8601' SET bytea_output = 'hex' SET extra_float_digits = 1
-    SET lc_monetary = 'C' SET quote_all_identifiers = off
     AS $$
 DECLARE
     relation  oid := TG_RELID;
@@ -127,6 +134,8 @@ DECLARE
     failure   text;
     -- Where the names of the key columns begin among the arguments.
     first     int := CASE WHEN strpos(TG_ARGV[0], 'n') > 0 THEN 6 ELSE 5 END;
+    -- No column's text depends on a setting that this function does not set.
+    pinned    boolean := strpos(TG_ARGV[0], 'n') > 0 AND strpos(TG_ARGV[0], 'm') = 0;
     key_names text[];
     number    int2;
     numbers   int2[];
@@ -162,11 +171,11 @@ BEGIN
             EXIT rendering WHEN NOT tidewire.still_named(relation, TG_ARGV[2]::int2[], names);
             IF TG_OP <> 'INSERT' THEN
                 short_old := json_populate_record(OLD, TG_ARGV[4]::json);
-                before := to_json(short_old);
+                before := CASE WHEN pinned THEN to_json(short_old) ELSE tidewire.to_pinned_json(short_old) END;
             END IF;
             IF TG_OP <> 'DELETE' THEN
                 short_new := json_populate_record(NEW, TG_ARGV[4]::json);
-                after := to_json(short_new);
+                after := CASE WHEN pinned THEN to_json(short_new) ELSE tidewire.to_pinned_json(short_new) END;
             END IF;
             -- The trigger has no such condition: it would read values that are not carried.
             IF TG_OP = 'UPDATE' THEN
@@ -176,10 +185,10 @@ BEGIN
             END IF;
         ELSE
             IF TG_OP <> 'INSERT' THEN
-                before := to_json(OLD);
+                before := CASE WHEN pinned THEN to_json(OLD) ELSE tidewire.to_pinned_json(OLD) END;
             END IF;
             IF TG_OP <> 'DELETE' THEN
-                after := to_json(NEW);
+                after := CASE WHEN pinned THEN to_json(NEW) ELSE tidewire.to_pinned_json(NEW) END;
             END IF;
         END IF;
         IF TG_NARGS = first + 1 THEN
@@ -215,7 +224,10 @@ BEGIN
     END;
 
     IF direct THEN
-        IF NOT numbered OR TG_NARGS <= first THEN
+        IF NOT numbered OR TG_NARGS <= first
+            -- The first column that there was is still there, so it is still the first, and that is its name.
+            OR (strpos(TG_ARGV[0], 'f') > 0 AND starts_with(coalesce(after, before)::text, left(key::text, -1))
+                AND has_column_privilege(relation, TG_ARGV[5]::int2, 'SELECT') IS NOT NULL) THEN
             INSERT INTO tidewire.outbox (table_name, operation, row_key, old_key, before_data, after_data, headers)
             VALUES (name, TG_OP, key, key_was, before, after, context);
             RETURN NULL;
@@ -539,7 +551,9 @@ BEGIN
     WITH given AS (
         SELECT ARRAY[CASE WHEN relkind = 'p' THEN 'p' ELSE '' END
                      || CASE WHEN (options ->> 'before_image')::boolean THEN 'b' ELSE '' END
-                     || CASE WHEN options ? 'columns' THEN 'i' WHEN options ? 'except_columns' THEN 'x' ELSE '' END || 'n',
+                     || CASE WHEN options ? 'columns' THEN 'i' WHEN options ? 'except_columns' THEN 'x' ELSE '' END || 'n'
+                     || CASE WHEN listed.unpinned THEN 'm' ELSE '' END
+                     || CASE WHEN relkind = 'r' AND listed.key_numbers = listed.first THEN 'f' ELSE '' END,
                      encode(convert_to(options::text, 'UTF8'), 'hex'),
                      listed.attnums::text, listed.names::text, listed.nulls::text, listed.key_numbers]
                    || coalesce(keys, '{}') AS arguments,
@@ -558,7 +572,13 @@ BEGIN
                             coalesce(json_object_agg(attname, NULL ORDER BY attnum) FILTER (WHERE typtype <> 'd' AND attname <> ALL (coalesce(keys, '{}'))
                                 AND (attname = ANY (n.names)) = options ? 'except_columns'), '{}') AS nulls,
                             coalesce(string_agg(attnum::text, ' ' ORDER BY array_position(keys, attname::text))
-                                FILTER (WHERE attname = ANY (keys)), '') AS key_numbers
+                                FILTER (WHERE attname = ANY (keys)), '') AS key_numbers,
+                            min(attnum)::text AS first,
+                            -- What is not built in, and money and names of objects, alone and in arrays.
+                            coalesce(bool_or(t.oid >= 16384 AND typtype <> 'e' OR coalesce(nullif(typelem, 0), t.oid) IN
+                                ('money'::regtype, 'regclass'::regtype, 'regtype'::regtype, 'regproc'::regtype, 'regprocedure'::regtype,
+                                 'regoper'::regtype, 'regoperator'::regtype, 'regrole'::regtype, 'regnamespace'::regtype,
+                                 'regconfig'::regtype, 'regdictionary'::regtype, 'regcollation'::regtype)), false) AS unpinned
                      FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
                      WHERE attrelid = relation AND attnum > 0 AND NOT attisdropped) AS listed
         WHERE oid = relation),
@@ -595,7 +615,7 @@ BEGIN
 END $$;
 
 REVOKE ALL ON FUNCTION tidewire.bound_columns(oid, jsonb, text), tidewire.carried_columns(oid, jsonb),
-    tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.rendered_slowly(anyelement, text, text, text),
+    tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.to_pinned_json(anyelement), tidewire.rendered_slowly(anyelement, text, text, text),
     tidewire.rendered_change(text, text, record, record, record, record), tidewire.reason_to_omit(text, bigint),
     tidewire.small_key(json) FROM PUBLIC;
 DO $$
@@ -603,7 +623,7 @@ BEGIN
     IF pg_get_userbyid((SELECT proowner FROM pg_proc WHERE oid = 'tidewire.capture()'::regprocedure)) = 'tidewire_capture' THEN
         GRANT INSERT (omitted) ON tidewire.outbox TO tidewire_capture;
         GRANT EXECUTE ON FUNCTION tidewire.bound_columns(oid, jsonb, text), tidewire.carried_columns(oid, jsonb),
-            tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.rendered_slowly(anyelement, text, text, text),
+            tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.to_pinned_json(anyelement), tidewire.rendered_slowly(anyelement, text, text, text),
             tidewire.rendered_change(text, text, record, record, record, record), tidewire.reason_to_omit(text, bigint),
             tidewire.small_key(json) TO tidewire_capture;
     END IF;

@@ -216,9 +216,11 @@ async fn values_have_one_text_whatever_the_session_says() {
         texts.push(line.split_once(r#","m":"#).expect("an image").1.to_owned());
     }
     assert_eq!(texts, [r#""$12.50","r":"public.t","f":"lower(text)"}"#; 4]);
-    let sets =
-        strings(&database.pool, "SELECT unnest(proconfig) FROM pg_proc WHERE oid = 'tidewire.capture()'::regprocedure")
-            .await;
+    let sets = strings(
+        &database.pool,
+        "SELECT unnest(proconfig) FROM pg_proc WHERE oid = 'tidewire.to_pinned_json(anyelement)'::regprocedure",
+    )
+    .await;
     assert!(sets.contains(&"lc_monetary=C".to_owned()), "{sets:?}");
 }
 

@@ -30,7 +30,7 @@ GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), ti
     tidewire.is_tracked_root(oid, jsonb), tidewire.bound_columns(oid, jsonb, text), tidewire.carried_columns(oid, jsonb),
     tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.reason_to_omit(text, bigint),
     tidewire.rendered_slowly(anyelement, text, text, text), tidewire.small_key(json),
-    tidewire.rendered_change(text, text, record, record, record, record) TO tidewire_capture;
+    tidewire.to_pinned_json(anyelement), tidewire.rendered_change(text, text, record, record, record, record) TO tidewire_capture;
 ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
 ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;";
 
@@ -46,7 +46,7 @@ const RIGHTS: &str = "
                     AND f.proname IN ('name_text', 'table_text', 'key_of', 'column_names', 'options_of', 'picked',
                                       'still_named', 'context_headers', 'root_of', 'is_tracked_root', 'bound_columns',
                                       'carried_columns', 'select_list', 'image_statement', 'reason_to_omit',
-                                      'rendered_slowly', 'small_key', 'rendered_change')) AS may,
+                                      'rendered_slowly', 'small_key', 'rendered_change', 'to_pinned_json')) AS may,
            r.rolsuper OR has_table_privilege(r.oid, c.oid, 'SELECT, UPDATE, DELETE')
            OR EXISTS (SELECT FROM pg_catalog.pg_auth_members m WHERE m.member = r.oid) AS more
     FROM pg_catalog.pg_proc p
