@@ -9,6 +9,7 @@
 
 mod belief;
 mod chunk;
+mod lookup;
 mod reading;
 
 use std::collections::HashMap;
@@ -20,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::belief::Belief;
+use self::lookup::Lookups;
 use crate::backoff::Backoff;
 use crate::event::{Event, Operation};
 use crate::failpoint;
@@ -58,11 +60,10 @@ pub struct FollowerHandle {
     state: Arc<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     listening: AtomicBool,
     belief: parking_lot::Mutex<Belief>,
-    last_contact: parking_lot::Mutex<Option<Instant>>,
 }
 
 impl State {
@@ -89,13 +90,14 @@ impl FollowerHandle {
         self.state.belief.lock().is_current(Instant::now())
     }
 
-    /// Since when Postgres has not answered the follower; zero while it does.
+    /// How long Postgres has not answered the follower while it asked; zero while it answers. Before it is reached for the
+    /// first time it counts from the start of this node.
     #[must_use]
     pub fn silence(&self) -> Duration {
         if self.listening() && self.current() {
             return Duration::ZERO;
         }
-        self.state.last_contact.lock().map_or(Duration::MAX, |at| at.elapsed())
+        self.state.belief.lock().silence(Instant::now())
     }
 }
 
@@ -110,7 +112,7 @@ pub struct Follower {
     wakeups: Arc<Wakeups>,
     metrics: Arc<Metrics>,
     keys: HashMap<u64, (TermKey, Option<Arc<FeedKey>>)>,
-    key_asked: Option<Instant>,
+    lookups: Lookups,
     key_changes: mpsc::Sender<Option<String>>,
     interner: Interner,
     requests: mpsc::Receiver<()>,
@@ -146,7 +148,8 @@ impl Follower {
     ) -> (Self, FollowerHandle, mpsc::Receiver<Option<String>>) {
         let (reconcile, requests) = mpsc::channel(1);
         let (key_changes, changed_keys) = mpsc::channel(KEY_QUEUE);
-        let state = Arc::new(State::default());
+        let belief = parking_lot::Mutex::new(Belief::new(Instant::now()));
+        let state = Arc::new(State { listening: AtomicBool::new(false), belief });
         let incarnation = database.incarnation();
         let handle = FollowerHandle { reconcile, state: Arc::clone(&state) };
         let follower = Self {
@@ -157,7 +160,7 @@ impl Follower {
             wakeups,
             metrics,
             keys: HashMap::new(),
-            key_asked: None,
+            lookups: Lookups::default(),
             key_changes,
             interner: Interner::default(),
             requests,

@@ -33,13 +33,13 @@ impl Follower {
         match self.catch_up().await {
             Ok(true) => {
                 self.retry.reset();
-                *self.state.last_contact.lock() = Some(Instant::now());
+                self.state.belief.lock().answered(Instant::now());
                 self.hub.tick(Instant::now());
                 // The process may have stood still while it read: then the end that it met is of the past.
                 if self.state.belief.lock().met_the_end(doubts) { RECONCILE_INTERVAL } else { Duration::ZERO }
             }
             Ok(false) => {
-                *self.state.last_contact.lock() = Some(Instant::now());
+                self.state.belief.lock().answered(Instant::now());
                 self.retry.next_wait(1.0)
             }
             Err(error) => {

@@ -59,7 +59,7 @@ pub async fn health(State(context): State<Arc<Context>>) -> Json<serde_json::Val
         "version": env!("CARGO_PKG_VERSION"),
         "ready": unready(&context).is_none(),
         "reason": unready(&context),
-        "postgres": { "listening": context.follower.listening(), "silence_ms": context.follower.silence().as_millis().min(u128::from(u64::MAX)) as u64 },
+        "postgres": { "listening": context.follower.listening(), "silence_ms": context.follower.silence().as_millis() as u64 },
         "log": { "epoch": context.hub.epochs().newest(), "cursor": edge.boundary, "newest_seq": log_newest, "held": edge.held },
         "ring": { "events": metrics.ring_events.get(), "bytes": metrics.ring_bytes.get(), "age_ms": metrics.ring_age_ms.get() },
         "relay": { "leader": metrics.leader.get() == 1, "term": metrics.term.get(), "parked": metrics.relay_parked.get() == 1 },

@@ -170,6 +170,35 @@ async fn a_node_starts_without_postgres_and_serves_when_it_is_there() {
     client.expect_keys(1..=3).await;
 }
 
+/// Silence was endless before the first contact: a client that came early made a starting node send everybody away.
+#[tokio::test]
+async fn a_starting_node_counts_silence_from_its_start_and_drains_nobody() {
+    let mut server = own_server().await;
+    let mut cluster = TestCluster::over(&server.url("postgres"), 1, |_| {}).await;
+    cluster.stop(0).await;
+    server.stop().await;
+    cluster.start_unready(0).await;
+    let node = cluster.node(0);
+    let silence = async || {
+        let health = node.get("/health").await.json().await;
+        assert_ne!(health["reason"], "draining", "{health}");
+        let silence = health["postgres"]["silence_ms"].as_u64().unwrap();
+        assert!(silence < 60_000, "{health}");
+        (health["connections"].as_u64() > Some(0), silence)
+    };
+    silence().await;
+    let mut early = tokio::net::TcpStream::connect(node.address()).await.unwrap();
+    let upgrade = "GET /v1/ws HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                   Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    tokio::io::AsyncWriteExt::write_all(&mut early, upgrade.as_bytes()).await.unwrap();
+    let began = answered("it is counted", async || Some(silence().await).filter(|(there, _)| *there)).await.1;
+    // Whether clients are to be sent away is decided twice a second.
+    answered("three decisions", async || Some(silence().await.1).filter(|now| *now > began + 1_500)).await;
+    server.start_again().await.unwrap();
+    node.ready().await;
+    assert_eq!(silence().await.1, 0);
+}
+
 /// Found in review: the pool was never moved to a primary that stands behind such a host in the list.
 #[tokio::test]
 async fn a_host_that_swallows_everything_does_not_hide_the_primary_behind_it() {
