@@ -1,24 +1,33 @@
 //! Which chunks of the feed are believed, and what is done with them.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use bytes::Bytes;
 
 use super::Follower;
+use super::lookup::Verdict;
 use crate::cursor::{Epoch, Seq};
 use crate::feed::chunk::{ChunkError, Header, Kind, decode_events};
 use crate::feed::seal::FeedKey;
-use crate::log::incarnation::term_key;
+use crate::log::incarnation::{TermKey, term_key};
 use crate::mutant::{self, Mutant};
 use crate::telemetry::metrics::gauge;
 
 /// Keys of terms that are kept.
 const MAX_KEYS: usize = 16;
-/// An unknown term is asked for at most this often: forged chunks must not become queries.
-const KEY_LOOKUP_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What is known of a chunk's sender.
+enum Sender {
+    /// It announces for the chunk's term, whose key this is.
+    Announcer(Arc<FeedKey>),
+    /// It does not, or it was not asked for.
+    Foreign,
+    /// Too many are unknown to ask for each: the log says what there is.
+    Unclear,
+}
 
 impl Follower {
     /// Some: the log is to be read.
@@ -28,9 +37,12 @@ impl Follower {
             count("refused");
             return None;
         };
-        let Some(key) = self.key(&header, pid).await else {
-            self.metrics.feed_chunks_total.with_label_values(&["foreign"]).inc();
-            return None;
+        let key = match self.sender(&header, pid).await {
+            Sender::Announcer(key) => key,
+            other => {
+                self.metrics.feed_chunks_total.with_label_values(&["foreign"]).inc();
+                return matches!(other, Sender::Unclear).then_some("doubt");
+            }
         };
         let Ok(body) = opened(&key, &header, text, sealed) else {
             self.metrics.feed_chunks_total.with_label_values(&["refused"]).inc();
@@ -69,26 +81,40 @@ impl Follower {
         matches!(outcome, "gap" | "refused").then_some("gap")
     }
 
-    /// The key of a chunk's term, if the chunk comes from the backend that announces for it.
-    async fn key(&mut self, header: &Header, pid: u32) -> Option<Arc<FeedKey>> {
+    /// Who sent a chunk, and the key of its term if that backend announces for it.
+    async fn sender(&mut self, header: &Header, pid: u32) -> Sender {
         if !self.keys.contains_key(&header.term) {
-            if self.key_asked.is_some_and(|at| at.elapsed() < KEY_LOOKUP_INTERVAL) {
-                return None;
+            match self.lookups.judge(pid, Instant::now()) {
+                Verdict::Ask => {}
+                Verdict::ReadLog => return Sender::Unclear,
+                Verdict::Ignore => return Sender::Foreign,
             }
-            self.key_asked = Some(Instant::now());
-            let found = self.asked(term_key(&self.database.pool(), header.term)).await.ok()??;
-            let key = found.key.as_deref().and_then(FeedKey::new).map(Arc::new);
-            if self.keys.len() >= MAX_KEYS
-                && let Some(oldest) = self.keys.keys().min().copied()
-            {
-                self.keys.remove(&oldest);
+            // No answer says nothing of the sender: the log is read.
+            let Ok(found) = self.asked(term_key(&self.database.pool(), header.term)).await else {
+                return Sender::Unclear;
+            };
+            match found {
+                Some(found) if found.feed_pid == pid => self.remember(header.term, found),
+                _ => self.lookups.refuse(pid, Instant::now()),
             }
-            self.keys.insert(header.term, (found, key));
         }
-        let (term, key) = self.keys.get(&header.term)?;
+        let Some((term, key)) = self.keys.get(&header.term) else { return Sender::Foreign };
         // A term's number may come twice after a lost tail: the key is that of one epoch only.
-        let sender = term.feed_pid == pid || mutant::is(Mutant::FeedTrusted);
-        (sender && term.epoch == header.epoch).then(|| key.clone()).flatten()
+        let announces = (term.feed_pid == pid || mutant::is(Mutant::FeedTrusted)) && term.epoch == header.epoch;
+        match key {
+            Some(key) if announces => Sender::Announcer(Arc::clone(key)),
+            _ => Sender::Foreign,
+        }
+    }
+
+    fn remember(&mut self, term: u64, found: TermKey) {
+        let key = found.key.as_deref().and_then(FeedKey::new).map(Arc::new);
+        if self.keys.len() >= MAX_KEYS
+            && let Some(oldest) = self.keys.keys().min().copied()
+        {
+            self.keys.remove(&oldest);
+        }
+        self.keys.insert(term, (found, key));
     }
 }
 

@@ -130,3 +130,40 @@ async fn a_session_that_pins_the_notification_queue_slows_the_feed_and_stops_not
     client.expect_keys(51..=60).await;
     assert_eq!(from_log(), before, "the feed carries events again");
 }
+
+/// One throttle stood for the key look-ups of all terms: whoever made terms up kept a new leader's chunks from being believed
+/// until its next heartbeats.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_made_up_terms_does_not_delay_a_new_leaders_feed() {
+    const ROUNDS: i64 = 6;
+    let cluster = TestCluster::start(1).await;
+    let node = cluster.node(0);
+    let mut client = node.client("orders").await;
+    let mut forgers = Vec::new();
+    for forger in 0..3_i64 {
+        let mut connection = cluster.pool.acquire().await.unwrap().detach();
+        forgers.push(tokio::spawn(async move {
+            for round in 0_i64.. {
+                let flood = "SELECT pg_notify('tidewire_feed', format('1.1.%s.1.1.h.%s.AAAA', $1::bigint + g, g)) FROM generate_series(1, 20) g";
+                sqlx::query(flood).bind(1_000 + forger + round * 100).execute(&mut connection).await.unwrap();
+                // As a thousand chunks a second and forger, without end.
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }));
+    }
+    let foreign = || node.metrics().feed_chunks_total.with_label_values(&["foreign"]).get();
+    eventually("the flood has come", || foreign() > 200).await;
+    let by_feed = || node.metrics().events_received_total.with_label_values(&["feed"]).get();
+    let before = by_feed();
+    for round in 1..=ROUNDS {
+        cluster.kill_leader_backend().await;
+        cluster.leader().await;
+        cluster.insert("orders", round..=round).await;
+        client.expect_keys([round]).await;
+    }
+    // A reading of the log may happen to come first.
+    assert!(by_feed() - before >= 5, "{} of {ROUNDS}", by_feed() - before);
+    for forger in forgers {
+        forger.abort();
+    }
+}

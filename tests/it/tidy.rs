@@ -27,6 +27,7 @@ const GROUND: &[&str] = &[
     "src/feed/",
     "src/filter/",
     "src/follower/belief.rs",
+    "src/follower/lookup.rs",
     "src/hub/group.rs",
     "src/hub/plan.rs",
     "src/hub/shape.rs",
