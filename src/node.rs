@@ -234,6 +234,7 @@ fn build(
         cluster: cluster.status(),
         syncs: Syncs::new(Arc::clone(&metrics)),
         log_end: LogEnd::default(),
+        intruders: Arc::default(),
         follower: handle,
         hub,
         database,
@@ -327,6 +328,9 @@ async fn boot(context: &Arc<Context>, config: &Config, tasks: Tasks) -> anyhow::
     let lifecycle = &context.lifecycle;
     let hard = lifecycle.hard();
     lifecycle.spawn("follower", tasks.follower.run(hard.clone()));
+    let watch =
+        Arc::clone(&context.intruders).watch(Arc::clone(&context.database), Arc::clone(&context.metrics), hard.clone());
+    lifecycle.spawn("locks", watch);
     lifecycle.spawn("schema", Arc::clone(&context.registry).run(tasks.wakeups, hard.clone()));
     lifecycle.spawn("keys", Arc::clone(&context.keys).run(hard.clone()));
     lifecycle.spawn("key changes", follow_keys(Arc::clone(&context.keys), tasks.key_changes));

@@ -11,6 +11,7 @@
 
 mod announce;
 pub mod election;
+pub mod intruders;
 mod portion;
 mod upkeep;
 

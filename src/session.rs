@@ -25,6 +25,7 @@ use crate::hub::pages::Pages;
 use crate::lifecycle::Lifecycle;
 use crate::postgres::Database;
 use crate::protocol::message::Limits;
+use crate::relay::intruders::Intruders;
 use crate::schema::Registry;
 use crate::telemetry::metrics::Metrics;
 
@@ -53,6 +54,8 @@ pub struct Context {
     pub syncs: sync::Syncs,
     /// The log's end and epochs, as Postgres has them, for cursors that this node has not reached.
     pub log_end: start::LogEnd,
+    /// Who holds the relay's locks and is not the relay.
+    pub intruders: Arc<Intruders>,
     /// The follower, to be asked for the log's end.
     pub follower: FollowerHandle,
     /// Where it counts.

@@ -4,17 +4,21 @@
 //! whether anybody wrote that down or not.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
+use crate::postgres::locks::{ForeignLock, foreign_locks};
 use crate::postgres::registry::{self, NodeInfo};
 use crate::relay::{LEADER_LOCK, PARK_LOCK};
 
 /// Outbox rows that are counted; beyond, "more than".
 const MAX_COUNTED: i64 = 100_000;
+/// A lock that is still there after this is not a passing one.
+const LOCK_SAMPLE: Duration = Duration::from_millis(300);
 
 /// Show nodes, leader, lag and the log
 #[derive(clap::Args, Clone, Debug)]
@@ -35,6 +39,8 @@ pub struct Status {
     pub epoch: i32,
     /// The log's ends and size.
     pub log: Log,
+    /// Who holds the relay's locks and is not the relay.
+    pub foreign_locks: Vec<ForeignLock>,
     /// What waits to be relayed.
     pub outbox: Outbox,
     /// Use of Postgres's notification queue, 0 to 1.
@@ -110,6 +116,7 @@ pub async fn read(pool: &PgPool) -> Result<Status, sqlx::Error> {
     Ok(Status {
         leader: leader(pool).await?,
         epoch: sqlx::query_scalar("SELECT coalesce(max(epoch), 0) FROM tidewire.epochs").fetch_one(pool).await?,
+        foreign_locks: foreign(pool).await?,
         log: log(pool).await?,
         outbox: outbox(pool).await?,
         notify_queue: sqlx::query_scalar("SELECT pg_notification_queue_usage()").fetch_one(pool).await?,
@@ -138,6 +145,21 @@ pub async fn leader(pool: &PgPool) -> Result<Option<Leader>, sqlx::Error> {
     .bind(PARK_LOCK)
     .fetch_optional(pool)
     .await
+}
+
+/// Who holds the relay's locks for longer than a moment and is not the relay.
+///
+/// # Errors
+/// Postgres away, or without Tidewire's schema.
+pub async fn foreign(pool: &PgPool) -> Result<Vec<ForeignLock>, sqlx::Error> {
+    let mut found = foreign_locks(pool, LEADER_LOCK, PARK_LOCK).await?;
+    if !found.is_empty() {
+        // A leader that has not begun its term yet is none.
+        tokio::time::sleep(LOCK_SAMPLE).await;
+        let again = foreign_locks(pool, LEADER_LOCK, PARK_LOCK).await?;
+        found.retain(|one| again.iter().any(|other| other.lock == one.lock && other.end == one.end));
+    }
+    Ok(found)
 }
 
 async fn log(pool: &PgPool) -> Result<Log, sqlx::Error> {
@@ -186,6 +208,9 @@ fn shown(status: &Status, now: DateTime<Utc>) -> String {
             };
             let _ = writeln!(out, "Leader   none: nothing is relayed; {what}");
         }
+    }
+    for lock in &status.foreign_locks {
+        let _ = writeln!(out, "Locks    {} {}; end it: {}", lock.holder, lock.effect(), lock.end);
     }
     let Log { oldest, newest, partitions, bytes, .. } = status.log;
     let when = status.log.newest_at.map_or_else(|| "empty".to_owned(), |at| format!("newest {} ago", ago(at)));
@@ -247,6 +272,12 @@ mod tests {
         let status = Status {
             leader: None,
             epoch: 1,
+            foreign_locks: vec![ForeignLock {
+                lock: "leader".to_owned(),
+                shared: false,
+                holder: "session 7 of role app".to_owned(),
+                end: "SELECT pg_terminate_backend(7);".to_owned(),
+            }],
             log: Log { oldest: 1, newest: 7, newest_at: None, partitions: 1, bytes: 0 },
             outbox: Outbox { events: 3, lag_ms: 90_000 },
             notify_queue: 0.0,
@@ -254,6 +285,10 @@ mod tests {
         };
         let text = shown(&status, DateTime::UNIX_EPOCH);
         assert!(text.contains("none: nothing is relayed; no node runs"), "{text}");
+        assert!(
+            text.contains("session 7 of role app holds the leader's lock") && text.contains("backend(7);"),
+            "{text}"
+        );
         assert!(text.contains("3 events wait, the oldest for 90.0 s"), "{text}");
     }
 

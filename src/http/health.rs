@@ -62,7 +62,7 @@ pub async fn health(State(context): State<Arc<Context>>) -> Json<serde_json::Val
         "postgres": { "listening": context.follower.listening(), "silence_ms": context.follower.silence().as_millis() as u64 },
         "log": { "epoch": context.hub.epochs().newest(), "cursor": edge.boundary, "newest_seq": log_newest, "held": edge.held },
         "ring": { "events": metrics.ring_events.get(), "bytes": metrics.ring_bytes.get(), "age_ms": metrics.ring_age_ms.get() },
-        "relay": { "leader": metrics.leader.get() == 1, "term": metrics.term.get(), "parked": metrics.relay_parked.get() == 1 },
+        "relay": { "leader": metrics.leader.get() == 1, "term": metrics.term.get(), "parked": metrics.relay_parked.get() == 1, "foreign_locks": context.intruders.seen() },
         "capture": capture(&context),
         "connections": context.connections.load(Ordering::Relaxed),
         "subscriptions": metrics.subscriptions.get(),

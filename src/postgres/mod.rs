@@ -10,6 +10,7 @@
 
 pub mod identity;
 pub mod listen;
+pub mod locks;
 pub mod migrate;
 mod refusal;
 pub mod registry;

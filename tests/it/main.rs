@@ -29,6 +29,7 @@ mod history_memory;
 mod key_check;
 mod limits;
 mod listen;
+mod locks;
 mod migrations;
 mod oldest;
 mod partitions;

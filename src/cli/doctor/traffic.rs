@@ -7,6 +7,7 @@ use sqlx::{PgPool, Row as _};
 use super::{Finding, or_unasked, rows};
 use crate::cli::status;
 use crate::log::append::outbox_lock_holders;
+use crate::postgres::locks::ForeignLock;
 
 /// An event that waits longer has nobody who relays it.
 const LATE_MS: i64 = 10_000;
@@ -20,6 +21,7 @@ const QUEUE_PROBLEM: f64 = 0.2;
 
 pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
     let mut findings = or_unasked("relay", relay(pool).await);
+    findings.extend(or_unasked("foreign locks", foreign(pool).await));
     findings.extend(or_unasked("outbox", outbox(pool).await));
     findings.extend(or_unasked("outbox locks", locks(pool).await));
     findings.extend(or_unasked("xmin", xmin(pool).await));
@@ -44,6 +46,23 @@ async fn relay(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         }
         None => Finding::note("relay", "nobody leads: no node runs").run("tidewire serve"),
     }])
+}
+
+/// The relay's advisory locks in others' hands.
+async fn foreign(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+    let locks = status::foreign(pool).await?;
+    if locks.is_empty() {
+        return Ok(vec![Finding::fine("foreign locks", "none")]);
+    }
+    let finding = |lock: &ForeignLock| {
+        let what = format!("{} {}", lock.holder, lock.effect());
+        let finding = match lock.lock.as_str() {
+            "leader" => Finding::problem("foreign locks", what),
+            _ => Finding::warning("foreign locks", what),
+        };
+        finding.run(lock.end.clone())
+    };
+    Ok(locks.iter().map(finding).collect())
 }
 
 async fn outbox(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
