@@ -60,7 +60,7 @@ settings! {
     lease_ms: u64, "TIDEWIRE_LEASE_MS";
     /// Idle time before the relay parks, milliseconds, at least 50 [default: 150]
     park_after_ms: u64, "TIDEWIRE_PARK_AFTER_MS";
-    /// Largest rows of one event, bytes; larger ones are relayed without and kept in dead_letters [default: 8388608]
+    /// Largest whole event, bytes; larger ones are relayed without rows and kept in dead_letters [default: 8388608]
     event_bytes: u64, "TIDEWIRE_EVENT_BYTES";
     /// How long the log is kept, seconds, at least 60 [default: 86400]
     retention_s: u64, "TIDEWIRE_RETENTION_S";

@@ -10,8 +10,10 @@
 //! rows are visible, so a wake-up cannot be lost.
 
 mod announce;
+mod answer;
 pub mod election;
 pub mod intruders;
+mod parts;
 mod portion;
 mod upkeep;
 
@@ -23,16 +25,15 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::Event;
+use self::answer::{answered, worked};
 use crate::failpoint;
-use crate::log::append::{Bounds, Claim, ClaimError, Position, claim, claim_part, outbox_lock_holders};
+use crate::log::append::{Bounds, Claim, ClaimError, Position, claim, outbox_lock_holders};
 use crate::log::incarnation::Known;
 use crate::log::retention;
 use crate::postgres::Database;
 use crate::postgres::listen::Wakeups;
 use crate::telemetry::metrics::{Metrics, gauge};
 use crate::telemetry::trace;
-use crate::telemetry::tracing::with_warnings;
 
 /// Session advisory lock of the leader. Drawn once; the migrations have it and [`PARK_LOCK`] too.
 pub const LEADER_LOCK: i64 = 8_388_068_008_253_452_901;
@@ -73,7 +74,7 @@ pub struct RelayOptions {
     pub node: String,
     /// Most events a batch, 1 or more.
     pub batch: u32,
-    /// Largest row images of an event, bytes.
+    /// Largest event, bytes: names, keys, headers and rows together.
     pub event_bytes: u64,
     /// Silence after which Postgres ends the leader's session, and the longest wait for an answer.
     pub lease: Duration,
@@ -132,6 +133,8 @@ struct Leader<'a> {
     announce: mpsc::Sender<announce::Batch>,
     /// Whether the notification queue has room enough for writers' wake-ups.
     may_park: watch::Receiver<bool>,
+    /// The backend of `connection`.
+    pid: i32,
     position: Position,
     term: u64,
     newest: u64,
@@ -140,6 +143,8 @@ struct Leader<'a> {
     window: i64,
     portion: portion::Portion,
     interner: crate::log::append::Interner,
+    /// A row of the first transaction in order cannot be processed: nothing but that transaction is relayed next.
+    careful: bool,
     parked: bool,
     swept: Instant,
     torn_reported: Option<Instant>,
@@ -162,6 +167,7 @@ impl Leader<'_> {
             if let Some(xid) = &claim.oversized {
                 self.unpark().await?;
                 self.relay_in_parts(xid, stop).await?;
+                self.careful = false;
             } else if claim.torn {
                 self.report_torn().await?;
                 tokio::time::sleep(TORN_RETRY).await;
@@ -183,10 +189,21 @@ impl Leader<'_> {
             self.position = Position::beginning();
         }
         failpoint::hit("relay.claim").await.map_err(sqlx::Error::from)?;
-        let bounds = self.bounds();
+        let mut bounds = self.bounds();
+        if self.careful {
+            // No row fits: the claim reads none, and names the first transaction.
+            bounds.batch = 0;
+        }
         let began = Instant::now();
         let work = claim(self.connection, &mut self.position, self.newest, bounds, &mut self.interner);
-        let claim = answered(self.relay.options.lease, work).await??;
+        let claim = match worked(self.relay, self.pid, work).await? {
+            Err(error) if error.is_of_content() && !self.careful => {
+                self.careful = !self.fewer(&error);
+                return Ok(Claim { more: true, ..Claim::default() });
+            }
+            outcome => outcome?,
+        };
+        self.careful &= claim.oversized.is_some() || claim.torn;
         self.window = match claim.widen {
             true => (self.window * WINDOW_GROWTH).min(MAX_WINDOW),
             false => i64::from(self.relay.options.batch),
@@ -194,29 +211,6 @@ impl Leader<'_> {
         failpoint::hit("relay.claimed").await.map_err(sqlx::Error::from)?;
         self.appended(&claim, began).await?;
         Ok(claim)
-    }
-
-    /// A transaction larger than a batch, in consecutive parts; nothing else in between. Where it stops, the next term goes
-    /// on: the log's tail says that it is open.
-    async fn relay_in_parts(&mut self, xid: &str, stop: &CancellationToken) -> Result<(), TermEnd> {
-        while !stop.is_cancelled() {
-            failpoint::hit("relay.part").await.map_err(sqlx::Error::from)?;
-            let bounds = self.bounds();
-            let began = Instant::now();
-            let work = claim_part(self.connection, xid, self.newest, bounds, &mut self.interner);
-            let claim = answered(self.relay.options.lease, work).await??;
-            if claim.torn {
-                self.report_torn().await?;
-                tokio::time::sleep(TORN_RETRY).await;
-                continue;
-            }
-            self.relay.metrics.relay_parts_total.inc();
-            self.appended(&claim, began).await?;
-            if !claim.more {
-                break;
-            }
-        }
-        Ok(())
     }
 
     fn bounds(&self) -> Bounds {
@@ -234,11 +228,11 @@ impl Leader<'_> {
         if claim.poison > 0 {
             tracing::warn!(
                 events = claim.poison,
-                "rows too large to carry: relayed without them, kept in dead_letters"
+                "events that cannot be carried: relayed without their rows, kept in dead_letters"
             );
         }
         let Some(last) = claim.events.last() else { return Ok(()) };
-        self.portion.claimed(claim.events.len(), claim.events.iter().map(Event::bytes).sum());
+        self.portion.claimed(claim.events.len(), claim.bytes);
         failpoint::hit("relay.appended").await.map_err(sqlx::Error::from)?;
         metrics.relay_batch_ms.observe(began.elapsed().as_secs_f64() * 1000.0);
         metrics.relay_batch_events.observe(claim.events.len() as f64);
@@ -345,33 +339,4 @@ impl Leader<'_> {
 async fn rest() {
     // Fails only when the runtime shuts down.
     let _ = tokio::task::spawn_blocking(|| std::thread::sleep(POLL_INTERVAL)).await;
-}
-
-/// Waits for an answer at most a lease long. A warning that came with it means a commit that may not be durable.
-async fn answered<F: Future>(lease: Duration, work: F) -> Result<F::Output, TermEnd> {
-    match with_warnings(tokio::time::timeout(lease, work)).await {
-        (Err(_), _) => Err(TermEnd::Silence),
-        (Ok(_), warnings) if !warnings.iter().all(|warning| harmless(warning)) => {
-            Err(TermEnd::NotDurable(warnings.join("; ")))
-        }
-        (Ok(output), _) => Ok(output),
-    }
-}
-
-/// Near the wraparound of transaction ids every writing transaction is told to vacuum: that says nothing of its commit, and
-/// a relay that gave up for it would stand still while Postgres still works. Whatever else is told, in any language, may be
-/// the wait for a standby that was cut off.
-fn harmless(warning: &str) -> bool {
-    warning.contains("must be vacuumed within")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::harmless;
-
-    #[test]
-    fn a_warning_of_the_wraparound_ends_no_term_and_a_cut_off_wait_does() {
-        assert!(harmless("database \"app\" must be vacuumed within 39985967 transactions"));
-        assert!(!harmless("canceling wait for synchronous replication due to user request"));
-    }
 }

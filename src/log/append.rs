@@ -11,16 +11,27 @@
 //!
 //! Everything here runs on the leader's own connection (invariant I2), each claim as one autocommitted statement: its
 //! result is complete only when the server has said that it is committed, because rows are read to the end.
+//!
+//! No content may stop it. What is too large, or cannot leave the server as text, is appended without its rows and kept in
+//! `dead_letters`; a row that makes the statement fail all the same is found by halving and passed by [`set_aside`].
+
+mod statements;
 
 use std::sync::OnceLock;
 
+use bytes::Bytes;
+use futures_util::TryStreamExt as _;
 use sqlx::Row as _;
-use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::postgres::{PgArguments, PgConnection};
+use sqlx::query::Query;
 
+pub use self::statements::CLAIM;
+use self::statements::{PART, SET_ASIDE};
 pub use super::row::Interner;
 use super::row::event;
 use crate::cursor::Seq;
 use crate::event::Event;
+use crate::feed::chunk::MAX_BODY_BYTES;
 use crate::mutant::{self, Mutant};
 
 /// Beyond every transaction id that Postgres will draw.
@@ -44,11 +55,17 @@ impl Position {
     }
 }
 
+/// Bodies of one claim that are kept for the feed, bytes. What has more than that is read from the log by every node.
+const KEPT_BYTES: usize = 16 << 20;
+
 /// What one claim did.
 #[derive(Debug, Default)]
 pub struct Claim {
-    /// Appended, in order.
+    /// Appended, in order. Those that no chunk of the feed could carry have an empty body, and so have all once the claim's
+    /// bodies have [`KEPT_BYTES`]: a claim of large rows must not take the leader's memory.
     pub events: Vec<Event>,
+    /// Bytes of the events, their whole bodies counted.
+    pub bytes: usize,
     /// Somebody else holds a lock on a row that was to be taken: try again in a few milliseconds.
     pub torn: bool,
     /// More is waiting: claim again at once.
@@ -63,7 +80,7 @@ pub struct Claim {
     pub poison: u64,
 }
 
-/// Why a claim failed. Every one ends the term.
+/// Why a claim failed. Every one ends the term, but for those that [`are of the content`](ClaimError::is_of_content).
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
     /// Postgres refused, or the connection died.
@@ -86,156 +103,10 @@ pub struct Bounds {
     pub window: i64,
     /// Rows taken.
     pub batch: i64,
-    /// Largest row images, bytes; beyond, the event is relayed without them and kept in `dead_letters`.
+    /// Largest event, bytes: names, keys, headers and rows together. A larger one is relayed without its rows and kept in
+    /// `dead_letters`.
     pub event_bytes: i64,
 }
-
-// The columns of the log that come from the outbox, with oversized images left out. Stored size first: it is known
-// without reading the value, and what is small stored and large in truth is compressible text beyond our limit / 64.
-macro_rules! append_rows {
-    ($source:literal) => {
-        concat!(
-            "x AS MATERIALIZED (SELECT s.*,
-                    (COALESCE(pg_column_size(s.before_data), 0) + COALESCE(pg_column_size(s.after_data), 0)
-                        + COALESCE(pg_column_size(s.headers), 0) + COALESCE(pg_column_size(s.row_key), 0)) > $2 / 64
-                    AND (COALESCE(octet_length(s.before_data::text), 0) + COALESCE(octet_length(s.after_data::text), 0)
-                        + COALESCE(octet_length(s.headers::text), 0) + COALESCE(octet_length(s.row_key::text), 0)) > $2
-                    AS too_large
-                FROM ",
-            $source,
-            " s),
-            dead AS (
-                INSERT INTO tidewire.dead_letters (seq, reader, error, rows)
-                SELECT $1 + rn, 'relay', format('the rows are larger than %s bytes', $2),
-                       json_build_object('event_id', event_id, 'key', row_key, 'before', before_data, 'after', after_data)
-                FROM x
-                WHERE too_large
-                RETURNING 1),
-            ins AS (
-                INSERT INTO tidewire.event_log (seq, xid, tx_end, omitted, event_id, table_name, operation, key_hash,
-                    row_key, old_key, before_data, after_data, event_type, headers, created_at, relayed_at)
-                SELECT $1 + rn, xid, tx_end, too_large, event_id, table_name, operation,
-                       hashtextextended(row_key::text, 0),
-                       CASE WHEN too_large AND pg_column_size(row_key) > 8192 THEN NULL ELSE row_key END,
-                       CASE WHEN too_large AND pg_column_size(old_key) > 8192 THEN NULL ELSE old_key END,
-                       CASE WHEN NOT too_large THEN before_data END, CASE WHEN NOT too_large THEN after_data END,
-                       event_type, CASE WHEN NOT too_large THEN headers END, created_at, clock_timestamp()
-                FROM x
-                ORDER BY rn
-                RETURNING *)"
-        )
-    };
-}
-
-// What goes back to the leader: the appended rows, and one row (seq NULL) that says how the claim went.
-macro_rules! answer {
-    ($meta:literal) => {
-        concat!(
-            "SELECT seq, xid::text::bigint, tx_end, omitted, event_id, table_name, operation, row_key, old_key,
-                    before_data, after_data, event_type, headers, created_at, NULL::json AS meta
-             FROM ins
-             UNION ALL
-             SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, ",
-            $meta
-        )
-    };
-}
-
-// $1 newest seq, $2 event bytes, $3 batch (as in every statement here); $4 low, $5 window, $6 unseen xids, $7 newest xid.
-//
-// `id + 0 <= $4`: without the `+ 0` a generic plan walks the id index over every dead row.
-// A transaction that was left out before is looked at again only once its last row is inside the window; then at most
-// one row more than a batch is read of it, and its highest id is one index probe.
-/// The claim's text, for `EXPLAIN`. Reads and writes: run it through [`claim`] only.
-pub const CLAIM: &str = concat!(
-    "WITH w AS MATERIALIZED (
-        SELECT ctid AS t, xid, id FROM tidewire.outbox WHERE id > $4 ORDER BY id LIMIT $5),
-    lim AS MATERIALIZED (SELECT count(*) = $5 AS full_window, max(id) AS last FROM w),
-    back AS MATERIALIZED (
-        SELECT u.x,
-               (SELECT full_window FROM lim)
-               AND EXISTS (SELECT FROM tidewire.outbox o WHERE o.xid = u.x AND o.id > (SELECT last FROM lim)) AS skipped
-        FROM unnest($6::text[]::xid8[]) AS u(x)
-        WHERE pg_visible_in_snapshot(u.x, pg_current_snapshot())),
-    c AS MATERIALIZED (
-        SELECT t, xid, id FROM w
-        UNION ALL
-        SELECT r.t, r.xid, r.id
-        FROM back
-        CROSS JOIN LATERAL (
-            SELECT o.ctid AS t, o.xid, o.id FROM tidewire.outbox o
-            WHERE o.xid = back.x AND o.id + 0 <= $4 ORDER BY o.xid, o.id LIMIT $3 + 1) r
-        WHERE NOT back.skipped
-        UNION ALL
-        SELECT ctid, xid, id FROM tidewire.outbox WHERE xid >= $7::text::xid8 AND id + 0 <= $4),
-    t AS MATERIALIZED (
-        SELECT xid, count(*) AS k,
-               CASE WHEN count(*) > $3 THEN (SELECT max(o.id) FROM tidewire.outbox o WHERE o.xid = c.xid)
-                    ELSE max(id) END AS m
-        FROM c GROUP BY xid),
-    ok AS MATERIALIZED (
-        SELECT xid, m, k, sum(k) OVER (ORDER BY m) AS cum
-        FROM t
-        WHERE NOT ((SELECT full_window FROM lim)
-            AND EXISTS (SELECT FROM tidewire.outbox o WHERE o.xid = t.xid AND o.id > (SELECT last FROM lim)))),
-    take AS MATERIALIZED (SELECT xid, m, k FROM ok WHERE cum <= $3),
-    pick AS MATERIALIZED (SELECT c.t, c.xid, take.m FROM c JOIN take USING (xid)),
-    held AS MATERIALIZED (
-        SELECT o.ctid AS t, o.xid FROM tidewire.outbox o
-        WHERE o.ctid = ANY (ARRAY(SELECT t FROM pick)) FOR UPDATE SKIP LOCKED),
-    bar AS MATERIALIZED (
-        SELECT CASE WHEN (SELECT count(*) FROM held) < (SELECT count(*) FROM pick)
-                    THEN (SELECT min(take.m) FROM take LEFT JOIN (SELECT xid, count(*) AS k FROM held GROUP BY xid) h
-                              ON h.xid = take.xid
-                          WHERE COALESCE(h.k, 0) < take.k) END AS m),
-    d AS (
-        DELETE FROM tidewire.outbox
-        WHERE ctid = ANY (ARRAY(SELECT p.t FROM pick p WHERE (SELECT m FROM bar) IS NULL OR p.m < (SELECT m FROM bar)))
-        RETURNING *),
-    o AS (
-        SELECT d.*, row_number() OVER v AS rn, lead(d.xid) OVER v IS DISTINCT FROM d.xid AS tx_end
-        FROM d JOIN take USING (xid)
-        WINDOW v AS (ORDER BY take.m, d.id)),
-    ",
-    append_rows!("o"),
-    answer!(
-        " json_build_object(
-            'full', (SELECT full_window FROM lim), 'last', (SELECT last FROM lim),
-            'candidates', (SELECT count(*) FROM c), 'ok', (SELECT count(*) FROM ok), 'take', (SELECT count(*) FROM take),
-            'first', (SELECT xid::text FROM ok ORDER BY m LIMIT 1), 'torn', (SELECT m IS NOT NULL FROM bar),
-            'left_out', (SELECT COALESCE(json_agg(xid::text), '[]') FROM t WHERE xid NOT IN (SELECT xid FROM ok)),
-            'skipped', (SELECT COALESCE(json_agg(x::text), '[]') FROM back WHERE skipped),
-            'snapshot', pg_current_snapshot()::text, 'sequence', (SELECT last_value FROM tidewire.outbox_id_seq),
-            'poison', (SELECT count(*) FROM dead),
-            'lag_ms', (SELECT extract(epoch FROM max(relayed_at - created_at)) * 1000 FROM ins))"
-    )
-);
-
-// $4 xid: the next part of one large transaction. All of it is committed, so
-// its rows do not change; nothing else is relayed in between.
-const PART: &str = concat!(
-    "WITH p AS MATERIALIZED (
-        SELECT ctid AS t, id FROM tidewire.outbox WHERE xid = $4::text::xid8 ORDER BY xid, id LIMIT $3 + 1),
-    pick AS MATERIALIZED (SELECT t FROM p ORDER BY id LIMIT $3),
-    held AS MATERIALIZED (
-        SELECT o.ctid AS t FROM tidewire.outbox o
-        WHERE o.ctid = ANY (ARRAY(SELECT t FROM pick)) FOR UPDATE SKIP LOCKED),
-    bar AS MATERIALIZED (SELECT (SELECT count(*) FROM held) < (SELECT count(*) FROM pick) AS torn),
-    d AS (
-        DELETE FROM tidewire.outbox
-        WHERE ctid = ANY (ARRAY(SELECT t FROM held WHERE NOT (SELECT torn FROM bar))) RETURNING *),
-    o AS (
-        SELECT d.*, row_number() OVER (ORDER BY d.id) AS rn,
-               row_number() OVER (ORDER BY d.id) = (SELECT count(*) FROM p) AS tx_end
-        FROM d),
-    ",
-    append_rows!("o"),
-    answer!(
-        " json_build_object('torn', (SELECT torn FROM bar), 'rows', (SELECT count(*) FROM p),
-            'poison', (SELECT count(*) FROM dead),
-            'lag_ms', (SELECT extract(epoch FROM max(relayed_at - created_at)) * 1000 FROM ins))"
-    )
-);
 
 #[derive(Debug, serde::Deserialize)]
 struct ClaimMeta {
@@ -297,19 +168,18 @@ pub async fn claim(
     bounds: Bounds,
     intern: &mut Interner,
 ) -> Result<Claim, ClaimError> {
-    let rows = sqlx::query(claim_text())
+    let statement = sqlx::query(claim_text())
         .bind(newest.cast_signed())
         .bind(bounds.event_bytes)
         .bind(bounds.batch)
         .bind(position.low)
         .bind(bounds.window)
         .bind(&position.unseen)
-        .bind(&position.newest_xid)
-        .fetch_all(connection)
-        .await?;
-    let (events, meta): (_, ClaimMeta) = take_apart(&rows, newest, intern)?;
+        .bind(&position.newest_xid);
+    let (kept, meta): (_, ClaimMeta) = take_apart(statement, connection, newest, intern).await?;
     let mut claim = Claim {
-        events,
+        events: kept.events,
+        bytes: kept.bytes,
         torn: meta.torn,
         poison: meta.poison,
         lag_ms: meta.lag_ms.unwrap_or_default(),
@@ -329,6 +199,19 @@ pub async fn claim(
     claim.widen = meta.take == 0 && meta.candidates > 0;
     position.advance(&meta);
     Ok(claim)
+}
+
+impl ClaimError {
+    /// Postgres could not process a value of a row: the statement is undone, the connection is sound, and the same
+    /// statement would fail again. SQLSTATE classes 22 (data), 54 (limits), XX (a value that is damaged or too large for
+    /// one allocation), and a statement that ran out of memory or time.
+    #[must_use]
+    pub fn is_of_content(&self) -> bool {
+        let Self::Postgres(sqlx::Error::Database(error)) = self else { return false };
+        let code = error.code();
+        let code = code.as_deref().unwrap_or_default();
+        ["22", "54", "XX"].iter().any(|class| code.starts_with(class)) || ["53200", "57014"].contains(&code)
+    }
 }
 
 impl Position {
@@ -365,46 +248,106 @@ pub async fn claim_part(
     bounds: Bounds,
     intern: &mut Interner,
 ) -> Result<Claim, ClaimError> {
-    let rows = sqlx::query(part_text())
-        .bind(newest.cast_signed())
-        .bind(bounds.event_bytes)
-        .bind(bounds.batch)
-        .bind(xid)
-        .fetch_all(connection)
-        .await?;
-    let (events, meta): (_, PartMeta) = take_apart(&rows, newest, intern)?;
+    let statement =
+        sqlx::query(part_text()).bind(newest.cast_signed()).bind(bounds.event_bytes).bind(bounds.batch).bind(xid);
+    part(statement, connection, newest, bounds.batch, intern).await
+}
+
+/// What of a row that cannot be processed can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readable {
+    /// Nothing: its place is kept, as an event of the table `unknown`.
+    Nothing = 0,
+    /// Its table and operation.
+    Names = 1,
+    /// All of it can be copied.
+    All = 2,
+}
+
+/// Relays the next event of the transaction `xid` without its content, which no statement could process for the reason
+/// `why`; what of it can be read goes to `dead_letters`. `more` says whether another
+/// event of the transaction follows.
+///
+/// # Errors
+/// [`ClaimError`], as [`claim`].
+pub async fn set_aside(
+    connection: &mut PgConnection,
+    xid: &str,
+    newest: Seq,
+    why: &str,
+    readable: Readable,
+    intern: &mut Interner,
+) -> Result<Claim, ClaimError> {
+    let statement = sqlx::query(SET_ASIDE).bind(newest.cast_signed()).bind(why).bind(xid).bind(readable as i32);
+    part(statement, connection, newest, 1, intern).await
+}
+
+async fn part(
+    statement: Query<'_, sqlx::Postgres, PgArguments>,
+    connection: &mut PgConnection,
+    newest: Seq,
+    batch: i64,
+    intern: &mut Interner,
+) -> Result<Claim, ClaimError> {
+    let (kept, meta): (_, PartMeta) = take_apart(statement, connection, newest, intern).await?;
     Ok(Claim {
-        events,
+        events: kept.events,
+        bytes: kept.bytes,
         torn: meta.torn,
         poison: meta.poison,
         lag_ms: meta.lag_ms.unwrap_or_default(),
-        more: meta.rows > bounds.batch,
+        more: meta.rows > batch,
         ..Claim::default()
     })
 }
 
-fn take_apart<M: serde::de::DeserializeOwned>(
-    rows: &[PgRow],
+/// Events of an answer, with the bodies that the feed may want.
+#[derive(Debug, Default)]
+struct Kept {
+    events: Vec<Event>,
+    bytes: usize,
+    kept_bytes: usize,
+}
+
+impl Kept {
+    fn push(&mut self, mut event: Event) {
+        self.bytes += event.bytes();
+        if event.body.len() > MAX_BODY_BYTES || self.kept_bytes + event.body.len() > KEPT_BYTES {
+            event.body = Bytes::new();
+        }
+        self.kept_bytes += event.body.len();
+        self.events.push(event);
+    }
+}
+
+/// Runs a statement and reads its answer row by row to the end, which is when it is committed.
+async fn take_apart<M: serde::de::DeserializeOwned>(
+    statement: Query<'_, sqlx::Postgres, PgArguments>,
+    connection: &mut PgConnection,
     newest: Seq,
     intern: &mut Interner,
-) -> Result<(Vec<Event>, M), ClaimError> {
-    let mut events = Vec::with_capacity(rows.len().saturating_sub(1));
-    let mut meta = None;
-    for row in rows {
+) -> Result<(Kept, M), ClaimError> {
+    let (mut kept, mut meta) = (Kept::default(), None);
+    let mut wrong = None;
+    let mut rows = statement.fetch(connection);
+    while let Some(row) = rows.try_next().await? {
         if let Some(text) = row.try_get_unchecked::<Option<&str>, _>(14)? {
             meta = Some(serde_json::from_str(text).map_err(|error| sqlx::Error::Decode(error.into()))?);
-        } else {
-            let mut event = event(row, intern)?;
-            event.tx_end |= mutant::is(Mutant::EveryEventEnds);
-            events.push(event);
+            continue;
         }
+        let mut event = event(&row, intern)?;
+        event.tx_end |= mutant::is(Mutant::EveryEventEnds);
+        let want = newest + 1 + kept.events.len() as u64;
+        if event.seq != want {
+            wrong.get_or_insert(ClaimError::Numbering { want, got: event.seq });
+        }
+        kept.push(event);
     }
-    let numbered = |(event, want): (&Event, Seq)| (event.seq != want).then_some((want, event.seq));
-    if let Some((want, got)) = events.iter().zip(newest + 1..).find_map(numbered) {
-        return Err(ClaimError::Numbering { want, got });
+    if let Some(wrong) = wrong {
+        return Err(wrong);
     }
     let meta = meta.ok_or_else(|| sqlx::Error::Protocol("the claim came back without its summary".into()))?;
-    Ok((events, meta))
+    Ok((kept, meta))
 }
 
 /// Who holds locks on outbox rows: backend pids and what they are, for the log and for `doctor`.
@@ -421,4 +364,38 @@ pub async fn outbox_lock_holders(connection: &mut PgConnection) -> Result<Vec<St
     )
     .fetch_all(connection)
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Operation;
+
+    fn event(seq: Seq, bytes: usize) -> Event {
+        Event {
+            seq,
+            id: uuid::Uuid::nil(),
+            xid: 1,
+            operation: Operation::Insert,
+            tx_end: false,
+            omitted: false,
+            table: "t".into(),
+            body: vec![b'x'; bytes].into(),
+        }
+    }
+
+    #[test]
+    fn a_claim_keeps_every_event_and_no_more_bodies_than_its_bound() {
+        let mut kept = Kept::default();
+        for seq in 1..=10 {
+            kept.push(event(seq, 3 << 20));
+        }
+        // No chunk could carry it; a small one that comes later is kept again.
+        kept.push(event(11, MAX_BODY_BYTES + 1));
+        kept.push(event(12, 100));
+        assert_eq!(kept.events.iter().map(|event| event.seq).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
+        let bodies: usize = kept.events.iter().map(|event| event.body.len()).sum();
+        assert_eq!(bodies, (5 * 3 << 20) + 100);
+        assert!(bodies <= KEPT_BYTES && kept.bytes > 34 << 20, "all are counted");
+    }
 }

@@ -48,7 +48,7 @@ pub async fn foreign_locks(pool: &PgPool, leader_lock: i64, park_lock: i64) -> R
             FROM pg_catalog.pg_locks
             WHERE locktype = 'advisory' AND objsubid = 1 AND granted
                 AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()))
-         SELECT CASE key WHEN $1 THEN 'leader' ELSE 'park' END AS lock, mode = 'ShareLock' AS shared,
+         SELECT CASE held.key WHEN $1 THEN 'leader' ELSE 'park' END AS lock, held.mode = 'ShareLock' AS shared,
                 CASE WHEN held.pid IS NULL THEN format('the prepared transaction %L of role %s', p.gid, p.owner)
                      ELSE format('session %s of role %s (application %s, from %s, %s)', held.pid, a.usename,
                                  quote_literal(a.application_name), coalesce(host(a.client_addr), 'a local socket'),
@@ -60,13 +60,14 @@ pub async fn foreign_locks(pool: &PgPool, leader_lock: i64, park_lock: i64) -> R
          LEFT JOIN pg_catalog.pg_locks x ON held.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
              AND x.virtualtransaction = held.virtualtransaction
          LEFT JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = x.transactionid
-         WHERE key IN ($1, $2)
-             AND held.pid IS DISTINCT FROM (SELECT t.pid FROM tidewire.terms t ORDER BY term DESC LIMIT 1)
-             AND NOT (key = $2 AND mode = 'ShareLock' AND EXISTS (
+         WHERE held.key IN ($1, $2)
+             AND (held.pid IS NULL
+                  OR held.pid IS DISTINCT FROM (SELECT t.pid FROM tidewire.terms t ORDER BY term DESC LIMIT 1))
+             AND NOT (held.key = $2 AND held.mode = 'ShareLock' AND EXISTS (
                  SELECT FROM pg_catalog.pg_locks o
                  WHERE o.virtualtransaction = held.virtualtransaction AND o.mode = 'RowExclusiveLock'
                      AND o.relation = 'tidewire.outbox'::regclass))
-         ORDER BY key, held.pid
+         ORDER BY held.key, held.pid
          LIMIT 10",
     )
     .bind(leader_lock)

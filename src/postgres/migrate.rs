@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions as _, Connection as _, SqlSafeStr as _};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, SqlSafeStr as _};
 
 /// The oldest server: 14 brought `idle_session_timeout`, `client_connection_check_interval` and lz4, and replaces triggers.
 const MIN_SERVER_VERSION: i32 = 140_000;
@@ -38,6 +38,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (8, "capture_bounds", include_str!("../../migrations/0008_capture_bounds.sql")),
     (9, "capture", include_str!("../../migrations/0009_capture.sql")),
     (10, "tracking", include_str!("../../migrations/0010_tracking.sql")),
+    (11, "relay", include_str!("../../migrations/0011_relay.sql")),
 ];
 
 /// What [`migrate`] did.
@@ -57,6 +58,15 @@ pub enum MigrationError {
     ServerTooOld {
         /// Its `server_version`.
         found: String,
+    },
+    /// Postgres cannot convert between this encoding and UTF-8.
+    #[error(
+        "this database's encoding is {encoding}, which Postgres cannot convert to UTF-8, so nothing can be read from it: \
+         move the data to a database of another encoding (UTF8; all but MULE_INTERNAL work)"
+    )]
+    Encoding {
+        /// Its name in Postgres.
+        encoding: String,
     },
     /// A server in recovery cannot be written to.
     #[error("this server is a standby (in recovery): point database_url at the primary")]
@@ -130,7 +140,7 @@ pub fn version() -> i64 {
 /// See [`MigrationError`]; the database is then at the version where it was, or at one between (each migration is one
 /// transaction), and trying again is safe.
 pub async fn migrate(options: &PgConnectOptions) -> Result<Outcome, MigrationError> {
-    let mut connection = options.connect().await?;
+    let mut connection = options.connect().await.map_err(unconvertible)?;
     let outcome = migrate_on(&mut connection).await;
     // Closing ends the session and with it the lock. A failure to say goodbye changes nothing.
     let _ = connection.close().await;
@@ -194,14 +204,16 @@ async fn applied(connection: &mut PgConnection) -> Result<i64, MigrationError> {
     if newest > version() {
         return Err(MigrationError::DatabaseNewer { found: newest, known: version() });
     }
-    let known = known();
-    for (version, checksum) in rows {
-        let ours = known.iter().find(|migration| migration.version == version);
+    let known = known(Letters::All);
+    for (version, checksum) in &rows {
+        let ours = known.iter().find(|migration| migration.version == *version);
         if ours.is_none_or(|ours| ours.checksum[..] != checksum[..]) {
-            return Err(MigrationError::Changed { version });
+            return Err(MigrationError::Changed { version: *version });
         }
     }
-    Ok(newest)
+    // A program of another branch may have left some out: they are made up for.
+    let missing = known.iter().find(|ours| rows.iter().all(|(version, _)| *version != ours.version));
+    Ok(missing.map_or(newest, |missing| newest.min(missing.version - 1)))
 }
 
 /// Says beforehand, with the statement that helps, what Postgres would refuse in the middle.
@@ -267,10 +279,12 @@ async fn lock(connection: &mut PgConnection) -> Result<(), MigrationError> {
 }
 
 async fn migrator(connection: &mut PgConnection) -> Result<Migrator, sqlx::Error> {
-    let schema: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'tidewire')")
-        .fetch_one(connection)
-        .await?;
-    let mut migrator = Migrator::with_migrations(known());
+    let (schema, utf8): (bool, bool) = sqlx::query_as(
+        "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'tidewire'), getdatabaseencoding() = 'UTF8'",
+    )
+    .fetch_one(connection)
+    .await?;
+    let mut migrator = Migrator::with_migrations(known(if utf8 { Letters::All } else { Letters::Ascii }));
     migrator.dangerous_set_table_name(TABLE);
     // We hold a lock of our own.
     migrator.set_locking(false);
@@ -281,11 +295,55 @@ async fn migrator(connection: &mut PgConnection) -> Result<Migrator, sqlx::Error
     Ok(migrator)
 }
 
-fn known() -> Vec<Migration> {
+/// Which letters a migration's text may have when it is sent.
+#[derive(Clone, Copy, Debug)]
+enum Letters {
+    All,
+    /// Other encodings than UTF-8 may not have the rest; there are some in comments.
+    Ascii,
+}
+
+fn known(letters: Letters) -> Vec<Migration> {
     let migration = |&(version, name, sql): &(i64, &'static str, &'static str)| {
-        Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
+        // The checksum is that of the text as it stands in the file, whatever is sent.
+        let mut migration = Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false);
+        if matches!(letters, Letters::Ascii) && !sql.is_ascii() {
+            migration.sql = AssertSqlSafe(ascii(sql)).into_sql_str();
+        }
+        migration
     };
     MIGRATIONS.iter().map(migration).collect()
+}
+
+/// A migration's text without letters that a database's encoding may lack.
+fn ascii(sql: &str) -> String {
+    let mut out = String::with_capacity(sql.len());
+    for letter in sql.chars() {
+        match letter {
+            '…' => out.push_str("..."),
+            '–' | '—' | '−' => out.push('-'),
+            '‘' | '’' | '“' | '”' => out.push('\''),
+            '→' => out.push_str("->"),
+            '≤' => out.push_str("<="),
+            '≥' => out.push_str(">="),
+            '×' => out.push('x'),
+            'µ' => out.push('u'),
+            letter if letter.is_ascii() => out.push(letter),
+            _ => out.push('?'),
+        }
+    }
+    out
+}
+
+/// A server that cannot talk UTF-8 about a database refuses the connection.
+fn unconvertible(error: sqlx::Error) -> MigrationError {
+    let refused = error.as_database_error().map(|refused| (refused.code(), refused.message()));
+    match refused {
+        Some((Some(code), message)) if code == "0A000" && message.contains("MULE_INTERNAL") => {
+            MigrationError::Encoding { encoding: "MULE_INTERNAL".to_owned() }
+        }
+        _ => error.into(),
+    }
 }
 
 fn explain(error: sqlx::migrate::MigrateError) -> MigrationError {
@@ -318,5 +376,21 @@ mod tests {
         files.sort();
         let named: Vec<String> = MIGRATIONS.iter().map(|(number, name, _)| format!("{number:04}_{name}.sql")).collect();
         assert_eq!(files, named);
+    }
+
+    /// Three landed ones have an ellipsis in a comment, for which LATIN1 has no byte.
+    #[test]
+    fn what_is_sent_to_other_encodings_is_ascii_and_differs_in_comments_only() {
+        for (plain, whole) in known(Letters::Ascii).iter().zip(known(Letters::All)) {
+            assert_eq!(plain.checksum, whole.checksum);
+            let (plain, whole) = (plain.sql.as_str(), whole.sql.as_str());
+            assert!(plain.is_ascii());
+            assert_eq!(plain.matches('?').count(), whole.matches('?').count(), "a letter that ascii() does not know");
+            assert_eq!(plain.lines().count(), whole.lines().count());
+            for (plain, whole) in plain.lines().zip(whole.lines()).filter(|(plain, whole)| plain != whole) {
+                let code = |line: &str| line.split("--").next().unwrap_or_default().to_owned();
+                assert_eq!(code(plain), code(whole), "outside a comment");
+            }
+        }
     }
 }

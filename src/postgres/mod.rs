@@ -318,3 +318,18 @@ pub async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, sql
 fn timed_out() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time"))
 }
+
+/// Whether the backend `pid` works on a statement, and waits neither for a lock nor for a standby.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn at_work(pool: &PgPool, pid: i32) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity
+                        WHERE pid = $1 AND state = 'active'
+                            AND (wait_event_type IS NULL OR wait_event_type IN ('IO', 'LWLock', 'BufferPin', 'Client')))",
+    )
+    .bind(pid)
+    .fetch_one(pool)
+    .await
+}

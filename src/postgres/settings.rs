@@ -24,7 +24,7 @@ pub async fn lead(connection: &mut PgConnection, lease: Duration) -> Result<(), 
                 set_config('tcp_keepalives_interval', '1', false),
                 set_config('tcp_keepalives_count', '2', false),
                 set_config('client_connection_check_interval', '500ms', false),
-                set_config('statement_timeout', '10s', false),
+                set_config('statement_timeout', '30s', false),
                 set_config('lock_timeout', $2, false),
                 set_config('synchronous_commit',
                     CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'

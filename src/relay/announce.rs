@@ -91,7 +91,7 @@ impl Announcer {
             let (Some(first), Some(last)) = (events.first(), events.last()) else { continue };
             self.newest = last.seq;
             let chunks = match self.queue_permille {
-                ..RANGES_ONLY_PERMILLE => self.sealer.events(events)?,
+                ..RANGES_ONLY_PERMILLE => self.chunks(events)?,
                 RANGES_ONLY_PERMILLE..SILENT_PERMILLE => vec![self.sealer.range(first.seq, last.seq)?],
                 _ => continue,
             };
@@ -100,6 +100,21 @@ impl Announcer {
             self.add_public(events, &mut channels, &mut payloads);
         }
         self.notify(&channels, &payloads).await
+    }
+
+    /// Chunks of events, and ranges of those whose bodies the claim did not keep.
+    fn chunks(&mut self, events: &[Event]) -> Result<Vec<String>, ChunkError> {
+        let mut chunks = Vec::new();
+        for run in events.chunk_by(|a, b| a.body.is_empty() == b.body.is_empty()) {
+            match run {
+                [first, ..] if first.body.is_empty() => {
+                    let last = run.last().map_or(first.seq, |event| event.seq);
+                    chunks.push(self.sealer.range(first.seq, last)?);
+                }
+                _ => chunks.extend(self.sealer.events(run)?),
+            }
+        }
+        Ok(chunks)
     }
 
     /// One small notification for each table with a public channel: plain LISTEN users.

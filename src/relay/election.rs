@@ -11,9 +11,10 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::{mpsc, watch};
 
 use super::announce::Announcer;
+use super::answer::answered;
 use super::portion::Portion;
 use super::upkeep::{Pace, trim_log};
-use super::{ANNOUNCE_QUEUE, LEADER_LOCK, Leader, Relay, TermEnd, answered};
+use super::{ANNOUNCE_QUEUE, LEADER_LOCK, Leader, Relay, TermEnd};
 use crate::failpoint;
 use crate::feed::seal::{FeedKey, Sealer};
 use crate::lifecycle::Lifecycle;
@@ -108,10 +109,11 @@ async fn lead(
     let (mut feed, _) = relay.database.connect().await.map_err(|error| TermEnd::Announce(error.to_string()))?;
     answered(relay.options.lease, settings::announce(&mut feed)).await??;
     let feed_pid = answered(relay.options.lease, backend_pid(&mut feed)).await??;
+    let pid = answered(relay.options.lease, backend_pid(connection)).await??;
     let key = FeedKey::draw();
     let candidate = Candidate {
         node: &relay.options.node,
-        pid: answered(relay.options.lease, backend_pid(connection)).await??,
+        pid,
         feed_pid,
         feed_key: &key,
         incarnation,
@@ -141,6 +143,7 @@ async fn lead(
         connection,
         announce: sender,
         may_park,
+        pid,
         position: Position::beginning(),
         term: term.term,
         newest: term.newest,
@@ -149,6 +152,7 @@ async fn lead(
         window: i64::from(relay.options.batch),
         portion: Portion::new(relay.options.batch, relay.options.event_bytes),
         interner: Interner::default(),
+        careful: false,
         parked: false,
         swept: Instant::now(),
         torn_reported: None,

@@ -1,8 +1,8 @@
 //! How many rows the next claim may take: as many as fit into [`CLAIM_BYTES`], judged by the last ones. Pure.
 //!
-//! What a claim takes comes to the leader whole, so a batch of rows of a megabyte would end it for want of memory, and its
-//! successor too. A term therefore begins with few rows and takes more while they turn out small: a claim too large for the
-//! memory is met once, and the next term passes it in small portions.
+//! What a claim takes is one transaction of the server, and all nodes wait for its end. A term therefore begins with few rows and
+//! takes more while they turn out small. Rows that are suddenly large make one claim slow, and the next ones small; the leader
+//! keeps but a part of what comes (`log/append.rs`).
 
 /// Bytes of events that a claim is to bring, about.
 const CLAIM_BYTES: usize = 32 << 20;
@@ -29,6 +29,11 @@ impl Portion {
     /// Rows, 1 to `batch`.
     pub(super) const fn rows(&self) -> u32 {
         self.rows
+    }
+
+    /// After a claim that its rows' content made fail.
+    pub(super) const fn halve(&mut self) {
+        self.rows = if self.rows > 1 { self.rows / 2 } else { 1 };
     }
 
     /// After a claim of `events` events that have `bytes` bytes together.
@@ -70,6 +75,10 @@ mod tests {
         assert_eq!(portion.rows(), 1);
         portion.claimed(1, 300);
         assert_eq!(portion.rows(), 4);
+        portion.halve();
+        assert_eq!(portion.rows(), 2);
+        (portion.halve(), portion.halve());
+        assert_eq!(portion.rows(), 1);
         assert_eq!((Portion::new(10, 1).rows(), Portion::new(10, u64::MAX).rows()), (10, 1));
     }
 }

@@ -29,8 +29,15 @@ macro_rules! described {
     };
 }
 
-const ALL_TRACKED: &str =
-    described!("0::bigint AS position FROM tidewire.tracked_tables t JOIN pg_catalog.pg_class c ON c.oid = t.relid");
+// Without those whose names cannot leave the server (bytes that are not UTF-8 in a database of SQL_ASCII): nobody can ask for
+// them, and the others must not be lost for them.
+const ALL_TRACKED: &str = described!(
+    "0::bigint AS position
+     FROM tidewire.tracked_tables t
+     JOIN pg_catalog.pg_class c ON c.oid = t.relid
+         AND (getdatabaseencoding() = 'UTF8'
+              OR tidewire.utf8_bytes(concat_ws(' ', tidewire.table_text(c.oid), tidewire.table_fingerprint(c.oid))) IS NOT NULL)"
+);
 
 // $1 schemas, $2 tables. The partitions of a tracked table carry its triggers, but are not tracked themselves.
 const NAMED: &str = described!(

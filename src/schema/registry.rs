@@ -275,7 +275,7 @@ impl Registry {
             return Ok(());
         }
         // On the node's own connection and apart from the rounds: the follower waits for no client's question.
-        self.read(unknown.into_iter().collect(), &self.database.pool()).await.map(|_| ())
+        self.read_known(unknown.into_iter().collect(), &self.database.pool()).await.map(|_| ())
     }
 
     /// Asks for every tracked table, in one query.
@@ -369,7 +369,34 @@ impl Registry {
             }
         }
         let names: Vec<TableName> = round.names.lock().iter().cloned().collect();
-        self.read(names, &self.database.clients()).await.map_err(Arc::new)
+        self.read_known(names, &self.database.clients()).await.map_err(Arc::new)
+    }
+
+    async fn read_known(
+        &self,
+        names: Vec<TableName>,
+        pool: &PgPool,
+    ) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+        match self.read(names.clone(), pool).await {
+            Err(error) if is_of_encoding(&error) => self.read_each(names, pool).await,
+            answer => answer,
+        }
+    }
+
+    /// Somebody asked for a name that the database's encoding cannot write, so that there is no such table, or a column's name
+    /// cannot be read. Others share the question: it must not fail for them.
+    async fn read_each(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+        let mut all = HashMap::with_capacity(names.len());
+        for name in names {
+            match self.read(vec![name.clone()], pool).await {
+                Ok(found) => all.extend(found),
+                Err(error) if is_of_encoding(&error) => {
+                    self.known.write().lose(&name);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
     }
 
     async fn read(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
@@ -424,4 +451,10 @@ impl Registry {
             changed
         });
     }
+}
+
+/// A character that the database's encoding has not, or a byte that is none of UTF-8.
+fn is_of_encoding(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| code == "22P05" || code == "22021")
 }
