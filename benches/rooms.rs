@@ -106,7 +106,12 @@ fn fan_out(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("hub");
     group.throughput(Throughput::Elements(BATCH * SUBSCRIBERS));
     group.bench_function("append a batch and pull it 500 times", |bencher| {
-        let options = HubOptions { ring_window: Duration::from_secs(300), ring_bytes: 64 << 20, frame_bytes: 1 << 20 };
+        let options = HubOptions {
+            ring_window: Duration::from_secs(300),
+            ring_bytes: 64 << 20,
+            frame_bytes: 1 << 20,
+            frames_bytes: 64 << 20,
+        };
         let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().expect("metrics"))));
         hub.restart(0, None, None, Epochs::new(vec![EpochStart { epoch: 1, start_seq: 0 }]));
         hub.hold(false);
@@ -121,7 +126,7 @@ fn fan_out(criterion: &mut Criterion) {
         let taps: Vec<_> = (0..SUBSCRIBERS)
             .map(|_| {
                 let plans = || Plans::Exact([("public.orders".into(), Arc::new(plan.clone()))].into());
-                hub.join("all", "all", &Arc::new(Signal::default()), plans)
+                hub.join("all", &Arc::new(Signal::default()), plans)
             })
             .collect();
         let (mut next, mut passed) = (1, 0);

@@ -68,6 +68,8 @@ settings! {
     ring_window_s: u64, "TIDEWIRE_RING_WINDOW_S";
     /// Events kept in memory, bytes, at least 1048576 [default: 67108864]
     ring_bytes: usize, "TIDEWIRE_RING_BYTES";
+    /// Rendered frames kept for subscriptions that are a little behind, bytes, at least 1048576 [default: 67108864]
+    frames_bytes: usize, "TIDEWIRE_FRAMES_BYTES";
     /// Between two pings, milliseconds [default: 30000]
     heartbeat_ms: u64, "TIDEWIRE_HEARTBEAT_MS";
     /// Longest silence of a caught-up subscription, milliseconds [default: 5000]
@@ -196,6 +198,7 @@ impl Settings {
             retention_s: Some(86_400),
             ring_window_s: Some(300),
             ring_bytes: Some(64 << 20),
+            frames_bytes: Some(64 << 20),
             heartbeat_ms: Some(30_000),
             progress_ms: Some(5_000),
             auth_timeout_ms: Some(5_000),
@@ -231,6 +234,7 @@ impl Settings {
         within("retention_s", self.retention_s, 60, 365 * 86_400)?;
         within("ring_window_s", self.ring_window_s, 1, 86_400)?;
         within("ring_bytes", size(self.ring_bytes), 1 << 20, 64 << 30)?;
+        within("frames_bytes", size(self.frames_bytes), 1 << 20, 64 << 30)?;
         within("heartbeat_ms", self.heartbeat_ms, 100, HOUR_MS)?;
         within("progress_ms", self.progress_ms, 50, HOUR_MS)?;
         within("auth_timeout_ms", self.auth_timeout_ms, 50, HOUR_MS)?;

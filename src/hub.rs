@@ -5,31 +5,45 @@
 //! place that has it: its group's frames, the ring, the log. Nothing is queued for anyone (invariant I7), and going from
 //! catch-up to live is nothing but reading on, so there is no window in between to lose an event in.
 //!
+//! The follower does not look at what is dear (a condition that reads megabytes, more rendering than memory allows): it
+//! passes the group over, and its readers find the ring where their frames would be. Neither does a session's own task:
+//! [`Pull::Dear`] gives the events and a [`Look`](look::Look) at them, which is done in a thread and within its
+//! connection's budget (`session::live`). The position moves when the look is over, by its outcome, exactly as it does by
+//! a frame; meanwhile the group may go on with frames for what follows, which the reader takes once it is there. So
+//! whoever changes between the two ways misses nothing and sees nothing twice: there is one position, and both ways
+//! answer the same question, "what comes after it".
+//!
 //! Lock order: routes, then a group. The edge is published after the groups have their frames, so a session that reads
 //! the edge first and then finds nothing in its group knows that nothing up to the edge is for it.
 
 mod beginning;
 mod dispatch;
 pub mod group;
+mod kept;
+pub mod look;
 pub mod pages;
 pub mod plan;
 pub mod ring;
 pub mod routes;
 pub mod shape;
+mod tap;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
 use self::beginning::Beginning;
-use self::dispatch::{Dispatched, dispatch};
+use self::dispatch::{Dispatched, Outcome, dispatch};
+use self::kept::Kept;
+use self::look::Look;
+pub use self::tap::Tap;
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::{Event, Operation};
-use crate::hub::group::{Assembly, Ended, Frame, Group, Held, Plans, Signal, Span};
+use crate::hub::group::{Ended, Frame, Group, Held, Place, Plans, Signal};
 use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
 use crate::hub::routes::Routes;
 use crate::log::incarnation::Known;
@@ -40,6 +54,8 @@ use crate::telemetry::metrics::{Metrics, gauge};
 const PULL_EVENTS: usize = 1_000;
 /// Events of one table and batch that are routed between two looks at the clock; bounds the time routes are locked.
 const DISPATCH_EVENTS: usize = 2_000;
+/// Events of one look in a thread, bytes: it and its reader hold them until its turn comes.
+const LOOK_BYTES: usize = 1 << 20;
 
 /// A frame is kept for those a little behind for one to two of these; the ring has its events for longer.
 const FRAME_AGE: Duration = Duration::from_secs(5);
@@ -53,6 +69,8 @@ pub struct HubOptions {
     pub ring_bytes: usize,
     /// Largest frame, bytes, unless a single event is larger.
     pub frame_bytes: usize,
+    /// Memory of the rendered frames that all groups keep, bytes.
+    pub frames_bytes: usize,
 }
 
 /// How far this node can deliver.
@@ -77,6 +95,8 @@ pub enum Pull {
     Nothing(Cursor),
     /// It has everything that this node can deliver.
     Idle(Edge),
+    /// What comes next is dear to find out: not here.
+    Dear(Box<Look>),
     /// The ring no longer reaches back to it: read the log.
     Log,
     /// It has everything that is for it: the subscription cannot go on, and its client must be told why.
@@ -97,6 +117,9 @@ pub struct Hub {
     replaced: AtomicU64,
     // When groups' frames were let go, and what had been delivered then.
     aged: Mutex<(Instant, Seq)>,
+    kept: Kept,
+    // Threads that look at what is dear, for all connections.
+    lookers: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
 
@@ -116,6 +139,8 @@ impl Hub {
             beginning: Mutex::default(),
             replaced: AtomicU64::new(0),
             aged: Mutex::new((Instant::now(), 0)),
+            kept: Kept::new(options.frames_bytes),
+            lookers: look::threads(),
             metrics,
         }
     }
@@ -185,6 +210,7 @@ impl Hub {
         let boundary = whole.map_or(start, |(seq, id)| Cursor::at(epochs.of(seq), seq, id));
         *self.epochs.write() = epochs;
         *self.ring.write() = Ring::new(base, base_id, self.options.ring_window, self.options.ring_bytes);
+        self.kept.forget(Seq::MAX);
         for group in routes.iter() {
             group.reset(base);
         }
@@ -231,6 +257,7 @@ impl Hub {
             let newest = ring.newest();
             (newest, ring.id_at(newest).or(start_id))
         };
+        self.kept.forget(Seq::MAX);
         for group in routes.iter() {
             group.reset(newest);
         }
@@ -306,8 +333,11 @@ impl Hub {
             }
             std::mem::replace(&mut *aged, (now, delivered)).1
         };
-        let bytes: usize = self.routes.lock().iter().map(|group| group.age(floor)).sum();
-        self.metrics.frames_bytes.set(gauge(bytes));
+        for group in self.routes.lock().iter() {
+            group.age(floor);
+        }
+        self.kept.forget(floor);
+        self.metrics.frames_bytes.set(gauge(self.kept.bytes()));
     }
 
     fn measure(&self, now: Instant) {
@@ -344,11 +374,18 @@ impl Hub {
             if mutant::is(Mutant::FrameDropsLast) && whole.events.len() > 10 {
                 whole.events.pop();
             }
-            let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes);
+            // All of a call together may be half of what is kept: the other half is what was there.
+            let render_bytes = self.options.frames_bytes / 2;
+            let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes, render_bytes);
             let mut news = Vec::with_capacity(dispatched.len());
-            for Dispatched { group, frames, ended } in dispatched {
-                if !frames.is_empty() {
-                    group.publish(frames);
+            for Dispatched { group, outcome, ended } in dispatched {
+                match outcome {
+                    Outcome::Frames(frames) if frames.is_empty() => {}
+                    Outcome::Frames(frames) => self.publish(&group, frames),
+                    Outcome::PassedOver => {
+                        group.pass_over(ended.as_ref().map_or(end.seq, |ended| ended.seq));
+                        self.metrics.filters_passed_over_total.inc();
+                    }
                 }
                 news.push(Arc::clone(&group));
                 if let Some(ended) = ended {
@@ -375,14 +412,23 @@ impl Hub {
         }
     }
 
+    /// Gives a group its frames, and lets go of the oldest of all groups' where they are too many.
+    fn publish(&self, group: &Arc<Group>, frames: Vec<Frame>) {
+        let through = frames.last().map_or(0, |frame| frame.through);
+        group.publish(frames, self.kept.counter());
+        let evicted = self.kept.add(group, through);
+        self.metrics.frames_evicted_total.inc_by(evicted);
+        self.metrics.frames_bytes.set(gauge(self.kept.bytes()));
+    }
+
     /// Adds a subscription's interest; its group is made when it is the first of its kind.
-    pub fn join(self: &Arc<Self>, key: &str, id: &str, signal: &Arc<Signal>, plans: impl FnOnce() -> Plans) -> Tap {
+    pub fn join(self: &Arc<Self>, key: &str, signal: &Arc<Signal>, plans: impl FnOnce() -> Plans) -> Tap {
         let mut routes = self.routes.lock();
         let group = match routes.find(key) {
             Some(group) => Arc::clone(group),
             None => {
                 let floor = self.edge().deliverable.seq;
-                let group = Arc::new(Group::new(key.into(), id.into(), plans(), floor));
+                let group = Arc::new(Group::new(key.into(), plans(), floor));
                 routes.add(&group);
                 self.metrics.filter_groups.set(gauge(routes.len()));
                 group
@@ -396,7 +442,7 @@ impl Hub {
 
     /// What comes after `after` for a group, from its frames or the ring.
     #[must_use]
-    pub fn pull(&self, group: &Group, after: Seq) -> Pull {
+    pub fn pull(self: &Arc<Self>, group: &Arc<Group>, after: Seq) -> Pull {
         // First the edge, then the frames: see the head.
         let edge = self.edge();
         if edge.held {
@@ -419,89 +465,25 @@ impl Hub {
                 let read =
                     self.ring.read().whole_after(after, edge.deliverable.seq, PULL_EVENTS, self.options.frame_bytes);
                 match read {
-                    Ok(whole) => self.frame_of(group, &whole).unwrap_or(Pull::Idle(edge)),
+                    Ok(whole) => self.frame_of(group, whole, (edge.generation, after)).unwrap_or(Pull::Idle(edge)),
                     Err(Gone) => Pull::Log,
                 }
             }
         }
     }
 
-    /// The first frame for a group among `whole`, from the ring or from the log; None when that is empty.
+    /// The first frame for a group among `whole`, which follows `place`, from the ring or from the log; None when that is
+    /// empty. The place's generation is one from before `whole` was read.
     #[must_use]
-    pub fn frame_of(&self, group: &Group, whole: &Whole) -> Option<Pull> {
+    pub fn frame_of(self: &Arc<Self>, group: &Arc<Group>, mut whole: Whole, place: Place) -> Option<Pull> {
         whole.events.last()?;
-        let epochs = self.epochs.read().clone();
-        let (mut span, mut assembly) = (Span::new(&epochs), Assembly::default());
-        let mut last: Option<&Event> = None;
-        for event in &whole.events {
-            if let Some(ended) = ended_before(group, event) {
-                let Some(_) = last else { return Some(Pull::Ended(ended)) };
-                break;
-            }
-            assembly.add(&group.plans, event, &span, self.options.frame_bytes);
-            // Later frames are rendered by later pulls: those who catch up are few, and memory stays bounded.
-            if let Some(frame) = assembly.take_first() {
-                return Some(Pull::Frame(Arc::new(frame)));
-            }
-            span.pass(event);
-            last = Some(event);
+        if look::is_dear(group, &whole) {
+            whole.shorten(LOOK_BYTES);
+            return Some(Pull::Dear(Box::new(Look::new(self, group, whole, place))));
         }
-        let last = last?;
-        let open = !last.tx_end;
-        let end = Cursor::at(epochs.of(last.seq), last.seq, last.id);
-        Some(match assembly.finish(end, open).into_iter().next() {
-            Some(frame) => Pull::Frame(Arc::new(frame)),
-            None => Pull::Nothing(end),
-        })
-    }
-}
-
-/// Whether `event` is beyond a subscription's end, be it its group's or, for one that catches up, that of the table as it
-/// was: its plan fits only what came after.
-fn ended_before(group: &Group, event: &Event) -> Option<Arc<Ended>> {
-    if let Some(ended) = group.ended().filter(|ended| ended.seq < event.seq) {
-        return Some(Arc::clone(ended));
-    }
-    let (reason, message) = group.plans.broken_by(event)?;
-    Some(Arc::new(Ended { seq: event.seq - 1, reason, message }))
-}
-
-/// A subscription's place in the hub; leaving is dropping it.
-#[derive(Debug)]
-pub struct Tap {
-    hub: Arc<Hub>,
-    group: Arc<Group>,
-    signal: Arc<Signal>,
-}
-
-impl Tap {
-    /// What it listens to.
-    #[must_use]
-    pub fn group(&self) -> &Group {
-        &self.group
-    }
-
-    /// What comes after `after`.
-    #[must_use]
-    pub fn pull(&self, after: Seq) -> Pull {
-        self.hub.pull(&self.group, after)
-    }
-
-    /// Whether there may be news after `after`; cheap, for sessions with many subscriptions.
-    #[must_use]
-    pub fn has_news(&self, after: Seq) -> bool {
-        self.group.newest() > after
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        self.hub.metrics.subscriptions.dec();
-        let mut routes = self.hub.routes.lock();
-        if self.group.unlisten(&self.signal) {
-            routes.remove(&self.group);
-            self.hub.metrics.filter_groups.set(gauge(routes.len()));
-        }
+        let mut look = Look::new(self, group, whole, place);
+        // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
+        Some(look.finish())
     }
 }
 

@@ -192,6 +192,7 @@ fn build(
             ring_window: Duration::from_secs(settings.ring_window_s.unwrap_or_default()),
             ring_bytes: settings.ring_bytes.unwrap_or_default(),
             frame_bytes: options.limits.frame_bytes,
+            frames_bytes: settings.frames_bytes.unwrap_or_default(),
         },
         Arc::clone(&metrics),
     ));

@@ -11,6 +11,8 @@ use std::cmp::Ordering;
 
 use super::RowImage;
 use super::json;
+use super::kind::ColumnType;
+use super::like::Pattern;
 use super::plan::{Node, Scalar};
 use super::value::{self, Value};
 
@@ -116,12 +118,8 @@ pub(super) fn truths(node: &Node, row: &dyn RowImage) -> Truths {
             (Cell::Is(left), Cell::Is(right)) => Truths::of(left.compare(&right).map(Ordering::is_eq)),
         },
         Node::In { item, list, has_null, .. } => contains(item, list, *has_null, row),
-        Node::Like(item, pattern) => match (cell(item, row), pattern) {
-            (Cell::Null, _) | (_, None) => Truths::NULL,
-            (Cell::Absent, _) => Truths::ANY,
-            (Cell::Is(Value::Text(text)), Some(pattern)) => Truths::of(Some(pattern.matches(&text))),
-            (Cell::Is(_), _) => Truths::NULL,
-        },
+        Node::Like(_, None) => Truths::NULL,
+        Node::Like(item, Some(pattern)) => like(item, pattern, row),
         Node::IsNull(item) => is_null(item, row),
         Node::IsTruth(inner, truth) => truths(inner, row).is(*truth),
         Node::Not(inner) => truths(inner, row).not(),
@@ -134,7 +132,7 @@ fn all(parts: &[Node], row: &dyn RowImage) -> Truths {
     let mut result = Truths::TRUE;
     for part in parts {
         result = result.and(truths(part, row));
-        if result == Truths::FALSE {
+        if result == Truths::FALSE || row.is_interrupted() {
             break;
         }
     }
@@ -145,11 +143,31 @@ fn any(parts: &[Node], row: &dyn RowImage) -> Truths {
     let mut result = Truths::FALSE;
     for part in parts {
         result = result.or(truths(part, row));
-        if result == Truths::TRUE {
+        if result == Truths::TRUE || row.is_interrupted() {
             break;
         }
     }
     result
+}
+
+fn like(item: &Scalar, pattern: &Pattern, row: &dyn RowImage) -> Truths {
+    if let Scalar::Column(name, ColumnType::Text) = item
+        && pattern.folds()
+    {
+        // The image keeps the folded text for the next condition on the column.
+        return match row.column(name) {
+            Some(NULL_JSON) => Truths::NULL,
+            Some(raw) => {
+                row.text(raw, true).map_or(Truths::ANY, |text| Truths::of(Some(pattern.matches_folded(&text))))
+            }
+            None => Truths::ANY,
+        };
+    }
+    match cell(item, row) {
+        Cell::Absent => Truths::ANY,
+        Cell::Is(Value::Text(text)) => Truths::of(Some(pattern.matches(&text))),
+        Cell::Null | Cell::Is(_) => Truths::NULL,
+    }
 }
 
 fn test(item: &Scalar, row: &dyn RowImage) -> Truths {
@@ -204,6 +222,10 @@ fn cell<'a>(scalar: &'a Scalar, row: &'a dyn RowImage) -> Cell<'a> {
         Scalar::Column(name, kind) => match row.column(name) {
             None => Cell::Absent,
             Some(NULL_JSON) => Cell::Null,
+            // Decoded once a row, however many conditions ask.
+            Some(raw) if matches!(kind, ColumnType::Text | ColumnType::Enum) => {
+                row.text(raw, false).map_or(Cell::Absent, |text| Cell::Is(Value::Text(text)))
+            }
             Some(raw) => value::from_json(*kind, raw).map_or(Cell::Absent, Cell::Is),
         },
         Scalar::Const(value, _) => match value {
@@ -216,6 +238,9 @@ fn cell<'a>(scalar: &'a Scalar, row: &'a dyn RowImage) -> Cell<'a> {
             Some(raw) => match json::follow(raw, steps, *binary) {
                 None => Cell::Null,
                 Some(_) if !text => Cell::Is(Value::Json),
+                Some(found) if found.starts_with('"') => {
+                    row.text(found, false).map_or(Cell::Null, |text| Cell::Is(Value::Text(text)))
+                }
                 Some(found) => json::as_text(found).map_or(Cell::Null, |text| Cell::Is(Value::Text(text))),
             },
         },

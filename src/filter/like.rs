@@ -1,11 +1,13 @@
 //! `LIKE` and `ILIKE` patterns, compiled once.
 //!
 //! A pattern is cut at its `%` into segments; segments are then found from left to right, which
-//! needs no backtracking. Segments without `_` use the standard library's linear search; for those
-//! with `_` the length is bounded, so that no pattern makes a row cost more than a bounded multiple
-//! of its size.
+//! needs no backtracking. Segments are looked for by their longest run of characters, at the speed
+//! of memory where that is rare; for those with `_` the length is bounded, so that no pattern makes
+//! a row cost more than a bounded multiple of its size.
 
 use std::borrow::Cow;
+
+use memchr::memmem;
 
 /// Characters of a segment that contains `_` and floats between two `%`: each byte of the text
 /// costs at most this many comparisons.
@@ -26,6 +28,8 @@ struct Segment {
     pieces: Vec<Piece>,
     /// The whole segment's text when it has no `_`.
     literal: Option<String>,
+    /// Else its longest run of characters, and how many pieces stand before it.
+    run: (usize, String),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -84,6 +88,9 @@ impl Pattern {
         let last = segments.len() - 1;
         for (place, segment) in segments.iter_mut().enumerate() {
             segment.literal = segment.pieces.iter().map(|piece| piece.literal()).collect();
+            if segment.literal.is_none() {
+                segment.run = longest_run(&segment.pieces);
+            }
             let floats = place > 0 && place < last;
             if floats && segment.literal.is_none() && segment.pieces.len() > MAX_FLOATING_WILDCARDS {
                 return Err(PatternFault::TooManyWildcards);
@@ -102,15 +109,22 @@ impl Pattern {
     }
 
     pub(super) fn matches(&self, text: &str) -> bool {
-        let text = if self.fold && text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            Cow::Owned(text.to_ascii_lowercase())
-        } else {
-            Cow::Borrowed(text)
-        };
+        if self.fold { self.matches_folded(&folded(Cow::Borrowed(text))) } else { self.matches_folded(text) }
+    }
+
+    /// How often a text of the greatest cost is read through.
+    pub(super) fn passes(&self) -> usize {
+        let floating = self.segments.get(1..self.segments.len().saturating_sub(1)).unwrap_or_default();
+        let wild = floating.iter().filter(|segment| segment.literal.is_none()).map(|segment| segment.pieces.len());
+        if floating.is_empty() { 0 } else { wild.max().unwrap_or(1).max(1) }
+    }
+
+    /// As [`Pattern::matches`], of a text that [`folded`] gave if the pattern folds.
+    pub(super) fn matches_folded(&self, text: &str) -> bool {
         let Some((first, others)) = self.segments.split_first() else {
             return text.is_empty();
         };
-        let Some(rest) = first.strip_prefix(&text) else {
+        let Some(rest) = first.strip_prefix(text) else {
             return false;
         };
         let Some((last, floating)) = others.split_last() else {
@@ -159,11 +173,45 @@ impl Segment {
     /// What follows the segment's leftmost occurrence.
     fn skip_past<'a>(&self, text: &'a str) -> Option<&'a str> {
         if let Some(literal) = &self.literal {
-            let at = text.find(literal.as_str())?;
+            let at = memmem::find(text.as_bytes(), literal.as_bytes())?;
             return text.get(at + literal.len()..);
         }
-        text.char_indices().find_map(|(at, _)| self.strip_prefix(&text[at..]))
+        let (before, run) = &self.run;
+        if run.is_empty() {
+            return self.strip_prefix(text);
+        }
+        let finder = memmem::Finder::new(run.as_bytes());
+        // The segment begins `before` characters ahead of its run, so the leftmost run that fits is that of the
+        // leftmost occurrence.
+        let mut from = 0;
+        loop {
+            let at = from + finder.find(text.as_bytes().get(from..)?)?;
+            let start = text.get(..at)?.char_indices().rev().nth(before.saturating_sub(1)).map(|(start, _)| start);
+            let start = if *before == 0 { Some(at) } else { start };
+            if let Some(rest) = start.and_then(|start| self.strip_prefix(text.get(start..)?)) {
+                return Some(rest);
+            }
+            from = at + text.get(at..)?.chars().next().map_or(1, char::len_utf8);
+        }
     }
+}
+
+/// The text with its ASCII letters in lower case, as `ILIKE` in collation "C" compares it.
+pub(super) fn folded(text: Cow<'_, str>) -> Cow<'_, str> {
+    if text.bytes().any(|byte| byte.is_ascii_uppercase()) { Cow::Owned(text.to_ascii_lowercase()) } else { text }
+}
+
+fn longest_run(pieces: &[Piece]) -> (usize, String) {
+    let mut longest = (0, String::new());
+    let mut before = 0;
+    for part in pieces.split(|piece| *piece == Piece::AnyOne) {
+        let run: String = part.iter().filter_map(|piece| piece.literal()).collect();
+        if run.len() > longest.1.len() {
+            longest = (before, run);
+        }
+        before += part.len() + 1;
+    }
+    longest
 }
 
 impl Piece {
@@ -243,6 +291,38 @@ mod tests {
             ("ABC", "abc"),
         ] {
             assert!(!like(text, pattern), "{text} {pattern}");
+        }
+    }
+
+    /// Segments with `_` are looked for by their runs: against the plainest matcher there is.
+    #[test]
+    fn every_short_pattern_matches_every_short_text_as_a_naive_matcher_says() {
+        fn naive(text: &[char], pattern: &[char]) -> bool {
+            match pattern.split_first() {
+                None => text.is_empty(),
+                Some(('%', rest)) => (0..=text.len()).any(|at| naive(&text[at..], rest)),
+                Some((piece, rest)) => {
+                    text.first().is_some_and(|first| *piece == '_' || first == piece) && naive(&text[1..], rest)
+                }
+            }
+        }
+        fn words(alphabet: &[char], length: usize) -> Vec<Vec<char>> {
+            let mut all = vec![Vec::new()];
+            let mut last = all.clone();
+            for _ in 0..length {
+                let longer = |word: &Vec<char>, letter: &char| word.iter().chain([letter]).copied().collect();
+                last = last.iter().flat_map(|word| alphabet.iter().map(move |letter| longer(word, letter))).collect();
+                all.extend(last.iter().cloned());
+            }
+            all
+        }
+        let texts = words(&['a', 'é'], 6);
+        for pattern in words(&['a', 'é', '_', '%'], 5) {
+            let compiled = Pattern::compile(&pattern.iter().collect::<String>(), None, false).expect("a sound pattern");
+            for text in &texts {
+                let (whole, wanted) = (text.iter().collect::<String>(), naive(text, &pattern));
+                assert_eq!(compiled.matches(&whole), wanted, "{whole:?} {pattern:?}");
+            }
         }
     }
 

@@ -19,6 +19,7 @@
 
 mod canonical;
 mod constant;
+mod cost;
 mod decimal;
 mod digits;
 mod eval;
@@ -37,8 +38,10 @@ mod syntax;
 mod typename;
 mod value;
 
+use std::borrow::Cow;
 use std::fmt;
 
+pub use cost::Cost;
 pub use index::{IndexConjunct, IndexKey, index_key_of};
 pub use kind::ColumnType;
 pub use server::Server;
@@ -69,6 +72,23 @@ pub trait RowImage {
     /// the protocol's "Values"; `null` is SQL's NULL. `None`: the image does not carry the column
     /// (an unchanged TOAST value, a trimmed image), so its value is not known.
     fn column(&self, name: &str) -> Option<&str>;
+
+    /// The content of a JSON string that [`RowImage::column`] gave; `folded`: as `ILIKE` compares it. An image that many
+    /// conditions are asked of keeps what it has decoded.
+    fn text<'a>(&'a self, raw: &'a str, folded: bool) -> Option<Cow<'a, str>> {
+        decode(raw, folded)
+    }
+
+    /// Whether the evaluation is to end as soon as it can, with an outcome that nobody uses. Once true, always true.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// The content of a JSON string, and with its ASCII letters in lower case if `folded`; borrowed where that is the same.
+pub fn decode(raw: &str, folded: bool) -> Option<Cow<'_, str>> {
+    let content = json::string_content(raw)?;
+    Some(if folded { like::folded(content) } else { content })
 }
 
 /// What a condition says of a row.
@@ -89,6 +109,7 @@ pub struct Filter {
     columns: Vec<String>,
     canonical: String,
     index: Option<IndexConjunct>,
+    cost: Cost,
 }
 
 impl Filter {
@@ -110,7 +131,13 @@ impl Filter {
         check_length(text)?;
         let syntax = parse::parse(text)?;
         let plan::Plan { root, columns } = plan::plan(&syntax, columns, server)?;
-        Ok(Self { canonical: canonical::text(&root), index: index::conjunct(&root), root, columns })
+        Ok(Self {
+            canonical: canonical::text(&root),
+            index: index::conjunct(&root),
+            cost: Cost::of(&root),
+            root,
+            columns,
+        })
     }
 
     /// Checks the language alone, where the columns are not known.
@@ -155,6 +182,11 @@ impl Filter {
     pub fn matches_nothing(&self) -> bool {
         let never = matches!(self.root, plan::Node::Const(Some(false) | None));
         never || self.index.as_ref().is_some_and(|conjunct| conjunct.keys.is_empty())
+    }
+
+    /// What an evaluation may cost.
+    pub fn cost(&self) -> &Cost {
+        &self.cost
     }
 
     /// Names of the columns that the condition refers to, each once.

@@ -56,7 +56,9 @@ impl From<WireError> for Problem {
             ErrorCode::Unauthenticated => StatusCode::UNAUTHORIZED,
             ErrorCode::Forbidden => StatusCode::FORBIDDEN,
             ErrorCode::UnknownTable | ErrorCode::NotTracked => StatusCode::NOT_FOUND,
-            ErrorCode::TooManySubscriptions | ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::TooManySubscriptions | ErrorCode::RateLimited | ErrorCode::TooExpensive => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
             ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,

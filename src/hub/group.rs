@@ -1,74 +1,40 @@
 //! A group: everyone on this node whose subscriptions are the same. Its frames are rendered once and shared.
 //!
-//! A group keeps its newest frames within a byte bound. Whoever has fallen behind them reads the ring, then the log, by
-//! its own position; nothing is queued for anyone.
+//! A group keeps its newest frames within a byte bound, and all groups together within another. Whoever has fallen behind
+//! them reads the ring, then the log, by its own position; nothing is queued for anyone.
+//!
+//! A group may be passed over ([`Group::pass_over`]): what it would have got of some events is too dear to be found out
+//! where everybody waits. Its frames are then gone and its floor stands behind those events, so that each of its readers
+//! is `Behind` and looks at the events itself, until it comes to the floor and takes frames again. What one of them finds
+//! is kept for the others, who stand at the same position ([`Group::found`]).
+
+mod assembly;
+mod frame;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use bytes::Bytes;
+use futures_util::lock::Mutex as Turns;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use uuid::Uuid;
 
-use crate::cursor::{Cursor, Epochs, Seq};
+pub use self::assembly::{Assembly, FRAME_TARGET_BYTES, Span};
+pub use self::frame::Frame;
+use crate::cursor::{Cursor, Seq};
 use crate::event::row::Row;
 use crate::event::{Event, Operation};
 use crate::hub::plan::TablePlan;
 use crate::hub::shape::broken_by;
 use crate::protocol::message::ResyncReason;
 
-/// Frames are cut at the end of a transaction once they are this large, bytes.
-pub const FRAME_TARGET_BYTES: usize = 64 << 10;
 /// Memory of the frames that a group keeps for those a little behind, bytes.
 pub const GROUP_BYTES: usize = 1 << 20;
+/// Answers that readers at their own pace keep for those beside them: these are one or two positions apart.
+const KEPT_ANSWERS: usize = 4;
 /// Tables that a glob's memory of plans may hold; beyond, it is begun anew.
 const MAX_REMEMBERED_PLANS: usize = 10_000;
-
-/// Some consecutive events as one subscription sees them, rendered.
-#[derive(Debug)]
-pub struct Frame {
-    /// The first event in it.
-    pub first: Seq,
-    /// Everything that matches up to here is in it or before it.
-    pub through: Seq,
-    /// The position after it.
-    pub cursor: Cursor,
-    /// How many events.
-    pub count: usize,
-    /// It ends inside a transaction.
-    pub open: bool,
-    /// The events, separated by commas.
-    pub body: Bytes,
-    message: OnceLock<(Cursor, Bytes)>,
-}
-
-impl Frame {
-    /// The `events` message for a subscription `id` whose position is `prev`. Those who share a position share bytes.
-    /// UTF-8.
-    #[must_use]
-    pub fn message(&self, id: &str, prev: &Cursor) -> Bytes {
-        let (shared_prev, shared) = self.message.get_or_init(|| (*prev, self.compose(id, prev)));
-        if shared_prev == prev { shared.clone() } else { self.compose(id, prev) }
-    }
-
-    fn compose(&self, id: &str, prev: &Cursor) -> Bytes {
-        let mut out = String::with_capacity(self.body.len() + id.len() + 160);
-        out.push_str("{\"type\":\"events\",\"id\":");
-        crate::event::push_json_string(&mut out, id);
-        let _ = fmt::Write::write_fmt(&mut out, format_args!(",\"prev\":\"{prev}\",\"cursor\":\"{}\"", self.cursor));
-        if self.open {
-            out.push_str(",\"open\":true");
-        }
-        out.push_str(",\"events\":[");
-        let mut out = out.into_bytes();
-        out.extend_from_slice(&self.body);
-        out.extend_from_slice(b"]}");
-        out.into()
-    }
-}
 
 /// Finds a table's plan when the group has globs: tables tracked later are included.
 pub type Resolve = Box<dyn Fn(&str) -> Option<Arc<TablePlan>> + Send + Sync>;
@@ -160,7 +126,39 @@ struct Live {
     bytes: usize,
     // Everything that matches after this position is in `frames`.
     floor: Seq,
+    // What readers at their own pace have found, oldest first.
+    found: VecDeque<(Place, Found)>,
     listeners: Vec<Arc<Signal>>,
+}
+
+/// Where a reader at its own pace stands: the hub's generation, and its position.
+pub type Place = (u64, Seq);
+
+/// What it finds there.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// A frame.
+    Frame(Arc<Frame>),
+    /// Nothing up to this position.
+    Nothing(Cursor),
+}
+
+impl Found {
+    fn through(&self) -> Seq {
+        match self {
+            Self::Frame(frame) => frame.through,
+            Self::Nothing(cursor) => cursor.seq,
+        }
+    }
+}
+
+impl Live {
+    fn let_go_of_oldest(&mut self) {
+        if let Some(old) = self.frames.pop_front() {
+            self.bytes -= old.body.len();
+            self.floor = old.through;
+        }
+    }
 }
 
 /// That and why a subscription cannot go on.
@@ -179,10 +177,10 @@ pub struct Ended {
 pub struct Group {
     /// What makes subscriptions the same.
     pub key: Arc<str>,
-    /// The subscription's id: part of its frames' bytes.
-    pub id: Arc<str>,
     /// What it is shown.
     pub plans: Plans,
+    /// Held by the one who looks for what comes next at its own pace, while others wait for what it finds.
+    pub turns: Turns<()>,
     live: Mutex<Live>,
     newest: AtomicU64,
     ended: OnceLock<Arc<Ended>>,
@@ -202,9 +200,11 @@ pub enum Held {
 impl Group {
     /// A group whose frames begin after `floor`.
     #[must_use]
-    pub fn new(key: Arc<str>, id: Arc<str>, plans: Plans, floor: Seq) -> Self {
-        let live = Live { frames: VecDeque::new(), bytes: 0, floor, listeners: Vec::new() };
-        Self { key, id, plans, live: Mutex::new(live), newest: AtomicU64::new(floor), ended: OnceLock::new() }
+    pub fn new(key: Arc<str>, plans: Plans, floor: Seq) -> Self {
+        let (frames, found) = (VecDeque::new(), VecDeque::new());
+        let live = Mutex::new(Live { frames, bytes: 0, floor, found, listeners: Vec::new() });
+        let (turns, newest, ended) = (Turns::new(()), AtomicU64::new(floor), OnceLock::new());
+        Self { key, plans, turns, live, newest, ended }
     }
 
     /// Ends it: whoever has everything up to there is to be told why. The first end counts. Wakes everyone.
@@ -254,37 +254,68 @@ impl Group {
         }
     }
 
-    /// Takes new frames. Wakes nobody: that comes after the edge is moved ([`Group::wake_all`]), else a session could look
-    /// in between, find itself at the old edge, and sleep on.
-    pub fn publish(&self, frames: Vec<Frame>) {
+    /// Takes new frames; what they hold counts in `kept`. Wakes nobody: that comes after the edge is moved
+    /// ([`Group::wake_all`]), else a session could look in between, find itself at the old edge, and sleep on.
+    pub fn publish(&self, frames: Vec<Frame>, kept: &Arc<AtomicUsize>) {
         let mut live = self.live.lock();
         for frame in frames {
             self.newest.store(frame.through, Ordering::Release);
             live.bytes += frame.body.len();
+            frame.count(kept);
             live.frames.push_back(Arc::new(frame));
         }
         while live.bytes > GROUP_BYTES && live.frames.len() > 1 {
-            if let Some(old) = live.frames.pop_front() {
-                live.bytes -= old.body.len();
-                live.floor = old.through;
-            }
+            live.let_go_of_oldest();
         }
     }
 
-    /// Lets go of the frames up to `floor`; whoever is still there reads the ring. Gives the memory of those that stay, bytes.
-    pub fn age(&self, floor: Seq) -> usize {
+    /// It has nothing of the events up to `through`: its readers look at them themselves. Wakes nobody, as
+    /// [`Group::publish`].
+    pub fn pass_over(&self, through: Seq) {
         let mut live = self.live.lock();
-        while let Some(old) = live.frames.pop_front_if(|frame| frame.through <= floor) {
-            live.bytes -= old.body.len();
-            live.floor = old.through;
+        live.frames.clear();
+        live.bytes = 0;
+        live.floor = live.floor.max(through);
+        self.newest.fetch_max(through, Ordering::AcqRel);
+    }
+
+    /// What somebody at this place has found.
+    #[must_use]
+    pub fn found(&self, place: Place) -> Option<Found> {
+        self.live.lock().found.iter().find(|(at, _)| *at == place).map(|(_, found)| found.clone())
+    }
+
+    /// Keeps what was found at `place` for others who come there, if there are others.
+    pub fn keep(&self, place: Place, found: Found, kept: &Arc<AtomicUsize>) {
+        let mut live = self.live.lock();
+        if live.listeners.len() < 2 {
+            return;
         }
-        live.bytes
+        if let Found::Frame(frame) = &found {
+            frame.count(kept);
+        }
+        live.found.push_back((place, found));
+        if live.found.len() > KEPT_ANSWERS {
+            live.found.pop_front();
+        }
+    }
+
+    /// Lets go of the frames up to `floor`; whoever is still there reads the ring. True when there were any.
+    pub fn age(&self, floor: Seq) -> bool {
+        let mut live = self.live.lock();
+        let before = live.frames.len() + live.found.len();
+        while live.frames.front().is_some_and(|frame| frame.through <= floor) {
+            live.let_go_of_oldest();
+        }
+        live.found.retain(|(_, found)| found.through() > floor);
+        live.frames.len() + live.found.len() < before
     }
 
     /// Forgets all frames: what follows begins after `floor`. Wakes nobody, as [`Group::publish`].
     pub fn reset(&self, floor: Seq) {
         let mut live = self.live.lock();
         live.frames.clear();
+        live.found.clear();
         live.bytes = 0;
         live.floor = floor;
         self.newest.store(floor, Ordering::Release);
@@ -296,132 +327,5 @@ impl Group {
         for listener in &self.live.lock().listeners {
             listener.wake();
         }
-    }
-}
-
-/// A walk over consecutive events: where frames may end.
-#[derive(Debug)]
-pub struct Span<'a> {
-    epochs: &'a Epochs,
-    boundary: (Seq, Uuid),
-    previous: (Seq, Uuid),
-}
-
-impl<'a> Span<'a> {
-    /// Before the first event.
-    #[must_use]
-    pub const fn new(epochs: &'a Epochs) -> Self {
-        Self { epochs, boundary: (0, Uuid::nil()), previous: (0, Uuid::nil()) }
-    }
-
-    /// After an event.
-    pub const fn pass(&mut self, event: &Event) {
-        self.previous = (event.seq, event.id);
-        if event.tx_end {
-            self.boundary = self.previous;
-        }
-    }
-
-    fn cursor(&self, (seq, id): (Seq, Uuid)) -> Cursor {
-        Cursor::at(self.epochs.of(seq), seq, id)
-    }
-}
-
-/// Collects one group's frames from consecutive events.
-#[derive(Debug, Default)]
-pub struct Assembly {
-    frames: Vec<Frame>,
-    body: Vec<u8>,
-    count: usize,
-    first: Seq,
-    last: Option<(Seq, u64)>,
-    // Where the newest transaction begins in the body.
-    transaction: Mark,
-}
-
-/// A place between two events of a frame's body.
-#[derive(Clone, Copy, Debug, Default)]
-struct Mark {
-    // Of the comma; 0 is the body's beginning.
-    at: usize,
-    // Events before it.
-    count: usize,
-    // The seq after it.
-    first: Seq,
-}
-
-impl Assembly {
-    /// Adds `event` if it is shown; an event that was looked at already is not looked at again. `frame_bytes` is the
-    /// protocol's limit of a frame.
-    pub fn add(&mut self, plans: &Plans, event: &Event, span: &Span<'_>, frame_bytes: usize) {
-        if self.last.is_some_and(|(seq, _)| seq == event.seq) {
-            return;
-        }
-        let Some(plan) = plans.of(&event.table) else { return };
-        let begin = self.body.len();
-        if begin > 0 {
-            self.body.push(b',');
-        }
-        if !plan.render(event, &mut self.body) {
-            self.body.truncate(begin);
-            return;
-        }
-        let inside = self.last.is_some_and(|(_, xid)| xid == event.xid);
-        let mut here = Mark { at: begin, count: self.count, first: event.seq };
-        if !inside {
-            self.transaction = here;
-        }
-        if self.count == 0 {
-            self.first = event.seq;
-        }
-        self.count += 1;
-        self.last = Some((event.seq, event.xid));
-        let before = self.transaction;
-        if before.at > 0 && (self.body.len() > frame_bytes || (!inside && begin >= FRAME_TARGET_BYTES)) {
-            self.split(before, span.cursor(span.boundary), false);
-            here.at = here.at.saturating_sub(before.at + 1);
-            here.count -= before.count;
-        }
-        // Only a transaction larger than a frame is cut inside.
-        if inside && here.at > 0 && self.body.len() > frame_bytes {
-            self.split(here, span.cursor(span.previous), true);
-        }
-    }
-
-    /// Makes a frame of what is before `mark`.
-    fn split(&mut self, mark: Mark, cursor: Cursor, open: bool) {
-        let (rest, after) = (self.body.split_off(mark.at + 1), self.count - mark.count);
-        self.body.truncate(mark.at);
-        self.count = mark.count;
-        self.cut(cursor, open);
-        (self.body, self.count, self.first) = (rest, after, mark.first);
-        self.transaction = Mark::default();
-    }
-
-    fn cut(&mut self, cursor: Cursor, open: bool) {
-        if self.count == 0 {
-            return;
-        }
-        self.frames.push(Frame {
-            first: self.first,
-            through: cursor.seq,
-            cursor,
-            count: std::mem::take(&mut self.count),
-            open,
-            body: std::mem::take(&mut self.body).into(),
-            message: OnceLock::new(),
-        });
-    }
-
-    /// The first frame, once it is complete.
-    pub fn take_first(&mut self) -> Option<Frame> {
-        (!self.frames.is_empty()).then(|| self.frames.swap_remove(0))
-    }
-
-    /// Ends at `end`, the position after the last event that was looked at.
-    #[must_use]
-    pub fn finish(mut self, end: Cursor, open: bool) -> Vec<Frame> {
-        self.cut(end, open);
-        self.frames
     }
 }

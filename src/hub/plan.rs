@@ -3,8 +3,14 @@
 //! Pure. The rules are those of the protocol's "Event" and "Masks and conditions". A row image that a key's row condition
 //! does not admit is never shown, not even to say that a row has left.
 
+mod opened;
+
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+
+pub use self::opened::{Image, Opened};
+use self::opened::{Stop, Texts};
 
 use crate::auth::scope::{ColumnMask, OpSet, TableAccess};
 use crate::event::row::Row;
@@ -12,6 +18,11 @@ use crate::event::{Event, Operation, push_json_string};
 use crate::filter::{Filter, Outcome, RowImage};
 use crate::hub::shape::{self, Basis};
 use crate::mutant::{self, Mutant};
+
+/// Copying is this much faster than reading byte for byte.
+const COPY_SPEED: usize = 8;
+/// Above this, in bytes read, it pays to look how long the columns are that a condition reads.
+const EXACT_FROM: usize = 32 << 10;
 
 /// One table's part of a subscription.
 #[derive(Clone, Debug)]
@@ -29,6 +40,23 @@ pub struct TablePlan {
     /// The table as it was when the plan was made, of a subscription that begins now; None: it may have to hear of changes
     /// before that.
     pub basis: Option<Arc<Basis>>,
+}
+
+/// What an event costs one plan, in bytes read (see [`crate::filter::Cost`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanCost {
+    /// To find out whether it is shown.
+    pub conditions: usize,
+    /// To show it.
+    pub rendering: usize,
+}
+
+impl PlanCost {
+    /// Both.
+    #[must_use]
+    pub const fn sum(self) -> usize {
+        self.conditions.saturating_add(self.rendering)
+    }
 }
 
 /// How an image stands to filter and condition.
@@ -67,10 +95,38 @@ impl TablePlan {
         self.mask.is_all() && self.columns.is_none()
     }
 
+    /// What [`TablePlan::render`] may cost beside parsing; a bound that only looks at the event's parts when it must.
+    #[must_use]
+    pub fn cost(&self, opened: &Opened<'_>) -> PlanCost {
+        let event = opened.event();
+        let bound = self.bound(event);
+        let has_rows = matches!(event.operation, Operation::Insert | Operation::Update | Operation::Delete);
+        if bound.conditions <= EXACT_FROM || !has_rows {
+            return bound;
+        }
+        let images = [opened.before(), opened.after()];
+        let length =
+            |column: &str| images.iter().flatten().filter_map(|image| image.get(column)).map(str::len).sum::<usize>();
+        PlanCost { conditions: self.conditions(|filter| filter.cost().of_row(length)), ..bound }
+    }
+
+    /// As [`TablePlan::cost`], by the event's size alone.
+    #[must_use]
+    pub fn bound(&self, event: &Event) -> PlanCost {
+        let bytes = event.body.len();
+        let rendering = if self.shows_all_columns() { bytes / COPY_SPEED } else { bytes };
+        PlanCost { conditions: self.conditions(|filter| filter.cost().bound(bytes)), rendering }
+    }
+
+    fn conditions(&self, cost: impl Fn(&Filter) -> usize) -> usize {
+        [&self.filter, &self.condition].into_iter().flatten().map(cost).fold(0, usize::saturating_add)
+    }
+
     /// Appends the event as this plan shows it; false when it does not show it at all.
-    pub fn render(&self, event: &Event, out: &mut Vec<u8>) -> bool {
+    pub fn render(&self, opened: &Opened<'_>, out: &mut Vec<u8>) -> bool {
+        let event = opened.event();
         if event.operation == Operation::Schema {
-            return self.render_schema(event, out);
+            return self.render_schema(opened, out);
         }
         if !self.ops.contains(OpSet::of(event.operation)) {
             return false;
@@ -79,9 +135,8 @@ impl TablePlan {
             event.write_json(out);
             return true;
         }
-        let Ok(text) = std::str::from_utf8(&event.body) else { return false };
-        let Ok(body) = Row::parse(text) else { return false };
-        let Some(show) = self.judge(event, &body) else { return false };
+        let Some(body) = opened.body() else { return false };
+        let Some(show) = self.judge(opened, body) else { return false };
         let untouched = self.shows_all_columns() && !show.without_before && !show.without_after;
         if untouched {
             event.write_json_with(out, &event.body, show.transition);
@@ -89,36 +144,37 @@ impl TablePlan {
         }
         // A row that enters or leaves by a hidden column must be told of: the client would keep it, or never have it.
         let moves = show.without_before || show.without_after || matches!(show.transition, Some("enter" | "leave"));
-        if event.operation == Operation::Update && !moves && self.hides_the_whole_change(&body) {
+        if event.operation == Operation::Update && !moves && self.hides_the_whole_change(body) {
             return false;
         }
-        let mut rewritten = String::with_capacity(text.len());
-        self.rewrite(event.operation, &body, show, &mut rewritten);
+        let mut rewritten = String::with_capacity(event.body.len());
+        self.rewrite(event.operation, body, show, &mut rewritten);
         event.write_json_with(out, rewritten.as_bytes(), show.transition);
         true
     }
 
     /// SCHEMA passes `where` and `ops`: a client must hear that the shape of what it sees has changed.
-    fn render_schema(&self, event: &Event, out: &mut Vec<u8>) -> bool {
+    fn render_schema(&self, opened: &Opened<'_>, out: &mut Vec<u8>) -> bool {
+        let event = opened.event();
         if self.mask.is_all() && self.basis.is_none() {
             event.write_json(out);
             return true;
         }
-        let Ok(text) = std::str::from_utf8(&event.body) else { return false };
-        let Ok(body) = Row::parse(text) else { return false };
+        let Some(body) = opened.body() else { return false };
         if let Some(after) = body.get("after") {
             let of_another = self.basis.as_ref().is_some_and(|basis| basis.is_of_another(after));
             if of_another || shape::masked(after, &self.mask).is_none() {
                 return false;
             }
         }
-        let mut rewritten = String::with_capacity(text.len());
-        self.rewrite(event.operation, &body, Show::default(), &mut rewritten);
+        let mut rewritten = String::with_capacity(event.body.len());
+        self.rewrite(event.operation, body, Show::default(), &mut rewritten);
         event.write_json_with(out, rewritten.as_bytes(), None);
         true
     }
 
-    fn judge(&self, event: &Event, body: &Row<'_>) -> Option<Show> {
+    fn judge<'e>(&self, opened: &Opened<'e>, body: &Row<'e>) -> Option<Show> {
+        let event = opened.event();
         if event.omitted {
             return self.condition.is_none().then(Show::default);
         }
@@ -129,20 +185,20 @@ impl TablePlan {
             return Some(Show::default());
         }
         match event.operation {
-            Operation::Update => self.judge_update(body),
-            Operation::Delete => match image(body, "before") {
-                Some(before) => one_image(self.verdict(&before)),
+            Operation::Update => self.judge_update(opened),
+            Operation::Delete => match opened.before() {
+                Some(before) => one_image(self.verdict(before)),
                 // Nothing to test; a condition must not be passed on trust.
                 None => self.condition.is_none().then_some(UNKNOWN),
             },
-            Operation::Event => one_image(self.verdict(&DomainEvent::new(body))),
-            _ => one_image(image(body, "after").map_or(Verdict::Unknown, |after| self.verdict(&after))),
+            Operation::Event => one_image(self.verdict(&DomainEvent::new(body, opened.stop()))),
+            _ => one_image(opened.after().map_or(Verdict::Unknown, |after| self.verdict(after))),
         }
     }
 
-    fn judge_update(&self, body: &Row<'_>) -> Option<Show> {
-        let after = image(body, "after").map_or(Verdict::Unknown, |after| self.verdict(&after));
-        let Some(before) = image(body, "before").map(|before| self.verdict(&before)) else {
+    fn judge_update(&self, opened: &Opened<'_>) -> Option<Show> {
+        let after = opened.after().map_or(Verdict::Unknown, |after| self.verdict(after));
+        let Some(before) = opened.before().map(|before| self.verdict(before)) else {
             // Without a before image `after` alone is tested and no transition told.
             return match after {
                 Verdict::Shown => Some(Show::default()),
@@ -288,14 +344,17 @@ struct DomainEvent<'a> {
     key: Option<Row<'a>>,
     event_type: Option<&'a str>,
     payload: Option<&'a str>,
+    stop: Option<Stop<'a>>,
+    texts: Texts,
 }
 
 /// SQL's NULL in an image.
 const NULL_JSON: &str = "null";
 
 impl<'a> DomainEvent<'a> {
-    fn new(body: &Row<'a>) -> Self {
-        Self { key: image(body, "key"), event_type: body.get("type"), payload: body.get("after") }
+    fn new(body: &Row<'a>, stop: Option<Stop<'a>>) -> Self {
+        let (event_type, payload) = (body.get("type"), body.get("after"));
+        Self { key: image(body, "key"), event_type, payload, stop, texts: Texts::default() }
     }
 }
 
@@ -308,6 +367,14 @@ impl RowImage for DomainEvent<'_> {
             _ => return None,
         };
         found.or(Some(NULL_JSON))
+    }
+
+    fn text<'a>(&'a self, raw: &'a str, folded: bool) -> Option<Cow<'a, str>> {
+        self.texts.get(raw, folded)
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.stop.is_some_and(|stop| stop())
     }
 }
 

@@ -13,6 +13,9 @@ use crate::event::Event;
 /// What the ring keeps whatever its age, as long as the bytes allow: resumes after a quiet night are served from memory.
 pub const MIN_EVENTS: usize = 10_000;
 
+/// Of what goes out together, bytes: enough for a hundred frames, little enough to be held by every reader.
+const WHOLE_BYTES: usize = 8 << 20;
+
 /// The newest events.
 #[derive(Debug)]
 pub struct Ring {
@@ -36,13 +39,13 @@ pub struct Whole {
 }
 
 impl Whole {
-    /// The longest beginning of `events` that ends with a transaction, of about `limit` events; or, where the first
+    /// The longest beginning of `events` that ends with a transaction, of about `limit` events and 8 MiB; or, where the first
     /// transaction has no end among them, its part if that is larger than `frame_bytes`; else nothing.
     pub fn prefix<'a>(events: impl Iterator<Item = &'a Event>, limit: usize, frame_bytes: usize) -> Self {
         let mut taken: Vec<Event> = Vec::new();
         let (mut ended, mut bytes) = (0, 0);
         for event in events {
-            if ended > 0 && taken.len() >= limit {
+            if ended > 0 && (taken.len() >= limit || bytes >= WHOLE_BYTES) {
                 break;
             }
             taken.push(event.clone());
@@ -55,6 +58,18 @@ impl Whole {
         }
         taken.truncate(ended);
         Self { events: taken, open: false }
+    }
+
+    /// Keeps the first transactions, of about `bytes`.
+    pub fn shorten(&mut self, bytes: usize) {
+        let mut sum = 0;
+        let enough = self.events.iter().position(|event| {
+            sum += event.body.len();
+            sum >= bytes && event.tx_end
+        });
+        if let Some(last) = enough.filter(|_| !self.open) {
+            self.events.truncate(last + 1);
+        }
     }
 }
 

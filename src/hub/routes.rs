@@ -6,11 +6,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::event::row::Row;
-use crate::event::{Event, Operation};
+use crate::event::Operation;
 use crate::filter::{ColumnType, IndexConjunct, IndexKey, index_key_of};
 use crate::hub::group::{Group, Plans};
-use crate::hub::plan::TablePlan;
+use crate::hub::plan::{Image, Opened, TablePlan};
 
 /// All groups of a node.
 #[derive(Debug, Default)]
@@ -102,14 +101,14 @@ impl Routes {
     }
 
     /// Hands `event` to every group that may show it, at least to all that do; some may be handed it twice.
-    pub fn each<'a>(&'a self, event: &Event, mut visit: impl FnMut(&'a Arc<Group>)) {
+    pub fn each<'a>(&'a self, opened: &Opened<'_>, mut visit: impl FnMut(&'a Arc<Group>)) {
         self.globs.iter().for_each(&mut visit);
-        let Some(table) = self.tables.get(&event.table) else { return };
+        let Some(table) = self.tables.get(&opened.event().table) else { return };
         table.unindexed.iter().for_each(&mut visit);
         if table.indexed.is_empty() {
             return;
         }
-        let Some(images) = Images::of(event) else {
+        let Some(images) = Images::of(opened) else {
             return table.indexed.iter().flat_map(|index| index.by_value.values().flatten()).for_each(&mut visit);
         };
         for index in &table.indexed {
@@ -164,9 +163,9 @@ fn conjunct(plan: &TablePlan) -> Option<IndexConjunct> {
 }
 
 impl Index {
-    fn each<'a>(&'a self, images: &Images<'_>, visit: &mut impl FnMut(&'a Arc<Group>)) {
+    fn each<'a>(&'a self, images: &Images<'_, '_>, visit: &mut impl FnMut(&'a Arc<Group>)) {
         let mut seen: Option<IndexKey> = None;
-        for image in [&images.after, &images.before].into_iter().flatten() {
+        for image in [images.after, images.before].into_iter().flatten() {
             let Some(raw) = image.get(&self.column) else {
                 // The source did not send the column: every group has to judge for itself.
                 return self.by_value.values().flatten().for_each(visit);
@@ -185,31 +184,24 @@ impl Index {
 }
 
 /// Both images of an event, where both are needed and there.
-struct Images<'a> {
-    before: Option<Row<'a>>,
-    after: Option<Row<'a>>,
+struct Images<'a, 'e> {
+    before: Option<&'a Image<'e>>,
+    after: Option<&'a Image<'e>>,
 }
 
-impl<'a> Images<'a> {
-    fn of(event: &'a Event) -> Option<Self> {
-        let wanted = match event.operation {
-            Operation::Insert => (false, true),
-            Operation::Update => (true, true),
-            Operation::Delete => (true, false),
-            Operation::Truncate | Operation::Event | Operation::Schema => return None,
-        };
+impl<'a, 'e> Images<'a, 'e> {
+    fn of(opened: &'a Opened<'e>) -> Option<Self> {
+        let event = opened.event();
         if event.omitted {
             return None;
         }
-        let body = Row::parse(std::str::from_utf8(&event.body).ok()?).ok()?;
-        let image = |name| body.get(name).and_then(|text| Row::parse(text).ok());
-        let (before, after) = (image("before"), image("after"));
         // An image that is wanted but missing leaves the verdict to every group; an UPDATE without a before image is
         // tested by `after` alone.
-        let complete = match wanted {
-            (false, true) | (true, true) => after.is_some(),
-            _ => before.is_some(),
+        let wanted = match event.operation {
+            Operation::Insert | Operation::Update => opened.after(),
+            Operation::Delete => opened.before(),
+            Operation::Truncate | Operation::Event | Operation::Schema => None,
         };
-        complete.then_some(Self { before, after })
+        wanted.map(|_| Self { before: opened.before(), after: opened.after() })
     }
 }

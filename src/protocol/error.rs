@@ -26,6 +26,8 @@ pub enum ErrorCode {
     RateLimited,
     /// A text over its limit.
     TooLarge,
+    /// The subscription costs more than this node can spend on it for long.
+    TooExpensive,
     /// Known, but not offered by this server.
     Unsupported,
     /// Not now: Postgres is away, or a wait ran out.
@@ -47,6 +49,7 @@ impl ErrorCode {
         Self::TooManySubscriptions,
         Self::RateLimited,
         Self::TooLarge,
+        Self::TooExpensive,
         Self::Unsupported,
         Self::Unavailable,
         Self::Internal,
@@ -66,6 +69,7 @@ impl ErrorCode {
             Self::TooManySubscriptions => "too_many_subscriptions",
             Self::RateLimited => "rate_limited",
             Self::TooLarge => "too_large",
+            Self::TooExpensive => "too_expensive",
             Self::Unsupported => "unsupported",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",

@@ -4,6 +4,7 @@
 //! queued for a slow client, whose positions simply stay behind. The session registers for wake-ups before it looks for
 //! news, so news that comes in between wakes it.
 
+mod dear;
 mod grant;
 mod supply;
 
@@ -18,14 +19,16 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 
+use self::dear::{Budget, Over};
 use self::grant::{Admitted, Grant};
 use self::supply::Next;
 use crate::auth::store::{Access, AuthError};
 use crate::cluster::ConnectionGuard;
 use crate::cursor::{Cursor, Seq};
-use crate::hub::Tap;
-use crate::hub::group::{Frame, Signal};
+use crate::hub::group::{Frame, Group, Signal};
+use crate::hub::look::Worked;
 use crate::hub::pages::Page;
+use crate::hub::{Pull, Tap};
 use crate::mutant::{self, Mutant};
 use crate::protocol::close::CloseCode;
 use crate::protocol::error::{ErrorCode, WireError};
@@ -61,6 +64,8 @@ enum Done {
     Started { serial: u64, view: u64, subscribe: Arc<Subscribe>, outcome: Result<Started, NotStarted> },
     Checked { id: Arc<str>, view: u64, tap: Result<Tap, WireError> },
     Page(Arc<str>, u64, Result<Page, ()>),
+    Looked { id: Arc<str>, generation: u64, group: Arc<Group>, worked: Worked, took: Duration },
+    Rested,
     Synced(u64, Result<Cursor, WireError>),
 }
 
@@ -81,6 +86,10 @@ struct Place {
     page: Option<Page>,
     reading: bool,
     fell_back: bool,
+    // What comes next was dear to find out the last time; found, it waits to be taken.
+    dear: bool,
+    found: Option<Pull>,
+    over: Option<Over>,
 }
 
 /// One connection.
@@ -92,6 +101,9 @@ pub struct Session {
     places: Vec<Place>,
     turn: usize,
     work: FuturesUnordered<Work>,
+    budget: Budget,
+    // A dear look is going on, or waits for the budget.
+    looking: bool,
     timer: Pin<Box<tokio::time::Sleep>>,
     // None until it is authenticated.
     grant: Option<Grant>,
@@ -135,6 +147,8 @@ impl Session {
             places: Vec::new(),
             turn: 0,
             work: FuturesUnordered::new(),
+            budget: Budget::new(now),
+            looking: false,
             timer: Box::pin(tokio::time::sleep_until((now + timing.heartbeat).into())),
             grant: None,
             drain_seen: drain_seen(drain.clone()),
@@ -343,6 +357,10 @@ impl Session {
             },
             Done::Checked { id, view, tap } => self.checked(&id, view, tap),
             Done::Page(id, generation, page) => self.page_read(&id, generation, page),
+            Done::Looked { id, generation, group, worked, took } => {
+                self.looked(&id, (generation, &group), worked, took)
+            }
+            Done::Rested => self.looking = false,
             Done::Synced(serial, Ok(cursor)) => self.machine.sync_found(serial, cursor),
             Done::Synced(serial, Err(error)) => self.machine.sync_failed(serial, error),
         }
@@ -373,9 +391,21 @@ impl Session {
         if mutant::is(Mutant::CaughtUpAtOnce) {
             self.machine.reached(Instant::now(), &id, cursor);
         }
-        let page = None;
-        let (suspended, reading, fell_back) = (false, false, false);
-        self.places.push(Place { id, subscribe, tap, suspended, passed, generation, page, reading, fell_back });
+        let place = Place {
+            id,
+            subscribe,
+            tap,
+            suspended: false,
+            passed,
+            generation,
+            page: None,
+            reading: false,
+            fell_back: false,
+            dear: false,
+            found: None,
+            over: None,
+        };
+        self.places.push(place);
     }
 }
 

@@ -350,7 +350,7 @@ impl Machine {
         }
     }
 
-    /// The subscription has ended because the connection's key may not have it, or not any more.
+    /// The subscription has ended for this reason: the key may not have it any more, or it costs too much.
     pub fn refused(&mut self, id: &str, error: WireError) {
         if self.forget(id) {
             self.outputs.push_back(Output::Stop(id.into()));

@@ -148,7 +148,7 @@ async fn join(
 ) -> Result<Tap, WireError> {
     for _ in 0..MAX_LOOKS {
         let Planned { key, plans, tables } = plan(context, scopes, subscribe, wish).await?;
-        let tap = context.hub.join(&key, &subscribe.id, signal, || plans);
+        let tap = context.hub.join(&key, signal, || plans);
         if tables.iter().all(|table| context.registry.is_current(table)) {
             return Ok(tap);
         }
@@ -231,7 +231,7 @@ async fn plan(
     wish: &Wish,
 ) -> Result<Planned, WireError> {
     let mut tables = Vec::new();
-    let mut key = format!("{:?}{:?}{:?}", subscribe.id, wish.ops, wish.columns);
+    let mut key = format!("{:?}{:?}", wish.ops, wish.columns);
     let mut exact = HashMap::new();
     for pattern in &wish.patterns {
         let TablePattern::Exact(name) = pattern else { continue };

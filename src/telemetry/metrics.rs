@@ -75,6 +75,10 @@ metrics! {
     ring_events: Gauge = "tidewire_ring_events", "Events in the ring";
     ring_bytes: Gauge = "tidewire_ring_bytes", "Memory of the ring's events, bytes";
     frames_bytes: Gauge = "tidewire_frames_bytes", "Memory of the rendered frames that groups keep, bytes";
+    frames_evicted_total: Counter = "tidewire_frames_evicted_total", "Times a group's oldest frames were let go of because all frames together were over frames_bytes";
+    filters_passed_over_total: Counter = "tidewire_filters_passed_over_total", "Times a group of subscriptions was too dear to be served where everybody waits, and read on at its own pace";
+    filter_thread_ms_total: Counter = "tidewire_filter_thread_ms_total", "Milliseconds that threads spent on subscriptions at their own pace";
+    filter_waits_total: Counter = "tidewire_filter_waits_total", "Times a connection waited because its subscriptions had used up its thread time";
     ring_age_ms: Gauge = "tidewire_ring_age_ms", "Age of the ring's oldest event, milliseconds";
     connections: GaugeVec = "tidewire_connections" ["transport"], "Live connections";
     connections_total: CounterVec = "tidewire_connections_total" ["transport"], "Connections accepted";

@@ -33,6 +33,7 @@ mod limits;
 mod listen;
 mod locks;
 mod migrations;
+mod neighbour;
 mod oldest;
 mod partitions;
 mod private_server;

@@ -65,7 +65,7 @@ fn compose(
 
 fn shown(plan: &TablePlan, event: &Event) -> Option<Value> {
     let mut out = b"before".to_vec();
-    if !plan.render(event, &mut out) {
+    if !plan.render(&Opened::new(event), &mut out) {
         assert_eq!(out, b"before", "what is not shown leaves nothing");
         return None;
     }
@@ -208,7 +208,7 @@ fn a_plain_plan_passes_bytes_on() {
     let plan = plan(None, None, &[]);
     let event = update([1, 1, 7, 0], [1, 2, 7, 0]);
     let (mut ours, mut plain) = (Vec::new(), Vec::new());
-    assert!(plan.is_plain() && plan.render(&event, &mut ours));
+    assert!(plan.is_plain() && plan.render(&Opened::new(&event), &mut ours));
     event.write_json(&mut plain);
     assert_eq!(ours, plain);
 }

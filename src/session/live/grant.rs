@@ -136,6 +136,8 @@ impl Session {
         let Some(place) = self.places.iter_mut().find(|place| Arc::ptr_eq(&place.id, id)) else { return };
         match tap {
             Ok(tap) => {
+                // What was found but not sent yet was found for the old key.
+                place.found = None;
                 place.tap = tap;
                 place.suspended = false;
             }

@@ -59,15 +59,18 @@ impl Session {
             let before = std::mem::replace(&mut place.generation, edge.generation);
             return self.judge_anew(index, before).unwrap_or(Step::Skipped);
         }
-        if place.reading || place.suspended {
+        let waits = place.dear && self.looking && place.found.is_none();
+        if place.reading || place.suspended || waits {
             return Step::Nothing;
         }
         if mutant::is(Mutant::ProgressTooEarly) {
             self.machine.reached(now, &place.id, edge.boundary);
         }
-        let pull = match place.page.is_none() || edge.held {
-            true => place.tap.pull(place.passed),
-            false => self.pull_page(index),
+        let found = if edge.held { None } else { place.found.take() };
+        let pull = match found {
+            Some(pull) => pull,
+            None if place.page.is_none() || edge.held => place.tap.pull(place.passed),
+            None => self.pull_page(index),
         };
         if self.context.hub.edge().generation != edge.generation {
             // The log changed while this was taken from it: it may be half of the one and half of the other.
@@ -91,10 +94,14 @@ impl Session {
                 self.machine.passed(&place.id, cursor.seq);
                 Step::Skipped
             }
+            Pull::Dear(look) => self.look(index, look, now),
             Pull::Idle(edge) => self.idle(index, edge.held, edge.boundary, now),
             Pull::Log if mutant::is(Mutant::HistoryIsSkipped) => {
                 place.passed = edge.deliverable.seq;
                 Step::Skipped
+            }
+            Pull::Log if place.over.is_some_and(|over| over.in_ring) => {
+                self.too_expensive(index, "over this connection's share, it has fallen out of the node's memory")
             }
             Pull::Log => {
                 self.read_log(index, edge);
@@ -115,7 +122,7 @@ impl Session {
         // Whoever waits for news holds no memory.
         place.page = None;
         if !held {
-            place.fell_back = false;
+            (place.fell_back, place.dear, place.over) = (false, false, None);
             place.passed = place.passed.max(boundary.seq);
             let id = Arc::clone(&place.id);
             self.machine.reached(now, &id, boundary);
@@ -127,6 +134,7 @@ impl Session {
     fn judge_anew(&mut self, index: usize, before: u64) -> Option<Step> {
         let place = self.places.get_mut(index)?;
         place.page = None;
+        place.found = None;
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
         // An epoch that is no more was lost with its tail.
@@ -150,7 +158,7 @@ impl Session {
         let frame_bytes = self.context.options.limits.frame_bytes;
         let Some(page) = place.page.as_ref() else { return Pull::Idle(edge) };
         let whole = Whole::prefix(page.iter().filter(|event| event.seq > place.passed), TURN_EVENTS, frame_bytes);
-        let pulled = self.context.hub.frame_of(place.tap.group(), &whole);
+        let pulled = self.context.hub.frame_of(place.tap.group(), whole, (place.generation, place.passed));
         // Nothing whole: a page from here on has it, or nobody has.
         let all = page.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
         pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
@@ -221,7 +229,7 @@ impl Place {
 }
 
 /// What one subscription has.
-enum Step {
+pub(super) enum Step {
     Emit(Emit),
     // The machine has something to say, or work was begun.
     Said,
