@@ -132,7 +132,12 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
 #[expect(clippy::disallowed_methods, reason = "the edge: a life in days begins now")]
 async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write) -> anyhow::Result<()> {
     let scopes = create.scopes()?;
-    let found = check(pool, &scopes).await.context("the scopes could not be checked against the database")?;
+    let found = match check(pool, &scopes).await {
+        Err(error) => {
+            return Err(explained(pool, error).await.context("the scopes could not be checked against the database"));
+        }
+        Ok(found) => found,
+    };
     if !found.errors.is_empty() {
         bail!("no key was made, it could not work:\n  {}", found.errors.join("\n  "));
     }

@@ -422,7 +422,7 @@ mod tests {
         for (change, ended) in [
             (rename, [false, false, false, true]),
             (retype, [true, false, false, true]),
-            (rewrite, [false, false, false, false]),
+            (rewrite, [true, true, false, true]),
             (swap, [true, true, false, true]),
             (drop_column, [true, true, false, true]),
             (drop_table, [true, true, false, true]),

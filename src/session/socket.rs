@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Sink as _, Stream as _};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::error::CapacityError;
+use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::{Bytes, Error as WireFault, Message, Utf8Bytes};
 
@@ -118,6 +118,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
                 }
                 self.pause = None;
             }
+            // What was asked is answered before a close frame behind it is read: after that nothing can be written any more.
+            if self.session.backlog() > 0 && self.poll_feed(task) {
+                return true;
+            }
             match Pin::new(&mut self.socket).poll_next(task) {
                 Poll::Pending => return false,
                 Poll::Ready(None) => return true,
@@ -159,6 +163,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
                 (CloseCode::TooLarge, "the message is larger than limits.message_bytes".to_owned())
             }
             WireFault::Utf8(_) => (CloseCode::NotUtf8, "the text is not UTF-8".to_owned()),
+            // Gone without a word: nobody is left to be told, and nothing was wrong with what it said.
+            WireFault::Protocol(ProtocolError::ResetWithoutClosingHandshake) => return false,
             WireFault::Protocol(fault) => (CloseCode::Protocol, format!("these bytes are not WebSocket: {fault}")),
             WireFault::Io(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<HeadFault>()) {
                 Some(fault) => (CloseCode::Protocol, format!("these bytes are not WebSocket: {fault}")),
@@ -173,8 +179,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
         true
     }
 
-    /// True: the connection is gone.
-    fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> bool {
+    /// Hands what there is to the socket's buffer, as long as that takes it. True: the connection is gone.
+    fn poll_feed(&mut self, task: &mut TaskContext<'_>) -> bool {
         let (mut emitted, mut bytes) = (0, 0);
         loop {
             match Pin::new(&mut self.socket).poll_ready(task) {
@@ -198,6 +204,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
             if self.send(emit) {
                 return true;
             }
+        }
+        false
+    }
+
+    /// True: the connection is gone.
+    fn poll_outbound(&mut self, task: &mut TaskContext<'_>) -> bool {
+        if self.poll_feed(task) {
+            return true;
         }
         if self.dirty {
             match Pin::new(&mut self.socket).poll_flush(task) {

@@ -112,7 +112,10 @@ async fn what_the_new_key_may_not_read_ends_and_the_rest_goes_on_by_its_own_life
         // Answered once the new key is in force: nothing that follows an `auth` is read before.
         let mut refused = Vec::new();
         let mut ponged = false;
-        while refused.len() < change.refused.len() || !ponged {
+        // What was asked for in the same write begins some time after the pong.
+        let mut begins: Vec<&str> =
+            change.at_once.iter().map(|(id, _)| *id).filter(|id| change.goes_on.contains(id)).collect();
+        while refused.len() < change.refused.len() || !ponged || !begins.is_empty() {
             let message = wire.message().await;
             match message["type"].as_str().unwrap() {
                 "error" => {
@@ -120,6 +123,7 @@ async fn what_the_new_key_may_not_read_ends_and_the_rest_goes_on_by_its_own_life
                     refused.push(message["id"].as_str().unwrap().to_owned());
                 }
                 "pong" => ponged = true,
+                "caught_up" => begins.retain(|id| message["id"] != **id),
                 "events" => panic!("{}: {message}", change.name),
                 _ => {}
             }

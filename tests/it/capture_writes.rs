@@ -49,7 +49,7 @@ async fn json_that_cannot_be_decoded_is_captured_as_it_is() {
                 let expected =
                     usize::from(!line.starts_with("DELETE")) + usize::from(*before && !line.starts_with("INSERT"));
                 assert_eq!(images, expected, "{way} {body}: {line}");
-                assert_eq!(line.contains("secret"), !way.contains("columns"), "{way} {body}: {line}");
+                assert_eq!(line.contains("secret"), images > 0 && !way.contains("columns"), "{way} {body}: {line}");
             }
         }
     }

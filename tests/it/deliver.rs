@@ -382,12 +382,12 @@ async fn a_client_that_takes_no_answers_is_not_heard_until_it_does() {
     })
     .await;
     let mut wire = cluster.node(0).wire().await;
-    let ping = json!({"type": "ping", "t": "x".repeat(60_000)}).to_string();
+    let ping = json!({"type": "ping", "t": "x".repeat(4_000)}).to_string();
     let mut sent = 0;
-    while sent < 2_000 && wire.takes(Message::text(ping.clone())).await {
+    while sent < 30_000 && wire.takes(Message::text(ping.clone())).await {
         sent += 1;
     }
-    assert!(sent < 2_000, "120 MB of questions were taken from a client that reads no answer");
+    assert!(sent < 30_000, "120 MB of questions were taken from a client that reads no answer");
     for _ in 0..sent {
         wire.expect("pong").await;
     }

@@ -76,11 +76,8 @@ impl Raw {
     }
 
     async fn more(&mut self) -> bool {
-        let mut piece = [0; 16 << 10];
         // A connection that was reset has ended, too.
-        let length = within("the server's bytes", self.stream.read(&mut piece)).await.unwrap_or(0);
-        self.seen.extend_from_slice(&piece[..length]);
-        length > 0
+        within("the server's bytes", self.stream.read_buf(&mut self.seen)).await.unwrap_or(0) > 0
     }
 
     /// Sends these bytes in one segment, as far as the system does so. A connection that has ended takes none.
