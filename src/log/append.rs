@@ -395,7 +395,7 @@ mod tests {
         kept.push(event(12, 100));
         assert_eq!(kept.events.iter().map(|event| event.seq).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
         let bodies: usize = kept.events.iter().map(|event| event.body.len()).sum();
-        assert_eq!(bodies, (5 * 3 << 20) + 100);
+        assert_eq!(bodies, (15 << 20) + 100);
         assert!(bodies <= KEPT_BYTES && kept.bytes > 34 << 20, "all are counted");
     }
 }

@@ -77,7 +77,8 @@ mod tests {
         assert_eq!(portion.rows(), 4);
         portion.halve();
         assert_eq!(portion.rows(), 2);
-        (portion.halve(), portion.halve());
+        portion.halve();
+        portion.halve();
         assert_eq!(portion.rows(), 1);
         assert_eq!((Portion::new(10, 1).rows(), Portion::new(10, u64::MAX).rows()), (10, 1));
     }
