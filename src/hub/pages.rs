@@ -42,6 +42,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Events {
     events: Vec<Event>,
+    part: bool,
     held: Option<OwnedSemaphorePermit>,
 }
 
@@ -62,7 +63,13 @@ impl Events {
     pub fn without(&self, index: usize) -> Self {
         let mut events = self.events.clone();
         events.remove(index);
-        Self { events, held: None }
+        Self { events, part: self.part, held: None }
+    }
+
+    /// Whether it is the part of a transaction that is larger than a frame, which has no end in it.
+    #[must_use]
+    pub const fn is_part(&self) -> bool {
+        self.part
     }
 }
 
@@ -150,13 +157,13 @@ impl Pages {
         let limits = PageLimits { events: PAGE_EVENTS, bytes: PAGE_BYTES, frame_bytes: self.frame_bytes };
         let pool = self.database.clients();
         let extent = within(READ_TIMEOUT, read::extent(&pool, after, through, limits)).await?;
-        let Some(Extent { through, bytes }) = extent else {
-            return Ok(Arc::new(Events { events: Vec::new(), held: None }));
+        let Some(Extent { through, bytes, part }) = extent else {
+            return Ok(Arc::new(Events { events: Vec::new(), part: false, held: None }));
         };
         // No connection is held meanwhile.
         let held = Some(self.reserve(bytes).await?);
         let events = within(READ_TIMEOUT, read::through(&self.database.clients(), after, through)).await?;
-        Ok(Arc::new(Events { events, held: held }))
+        Ok(Arc::new(Events { events, part, held }))
     }
 
     /// Waits for memory, in turn.

@@ -95,6 +95,8 @@ pub struct Extent {
     pub through: Seq,
     /// Memory of its events, bytes, rounded up.
     pub bytes: usize,
+    /// It is the part of a transaction that is larger than a frame.
+    pub part: bool,
 }
 
 /// One event's size, for a page's extent.
@@ -102,25 +104,26 @@ pub struct Extent {
 struct Size {
     seq: Seq,
     tx_end: bool,
-    bytes: usize,
+    // Of the row's texts; the event is larger.
+    texts: usize,
 }
 
 /// Sizes as Postgres stores them up to which rows are measured as they are sent: what is compressed has to be unpacked to
 /// be measured, and a page is no larger than this unless it was.
 const STORED_BYTES: i64 = 256 << 10;
 /// What an event has beside the texts of its row: names of members, numbers, its place in memory.
-const EVENT_FRAME_BYTES: i64 = 512;
+const EVENT_FRAME_BYTES: usize = 512;
 
 // The inner sizes cost a look at the row's header each, the outer ones reading the value.
 const SIZES: &str = "
     SELECT seq, tx_end,
-           $5 + octet_length(table_name)
-              + COALESCE(octet_length(row_key::text), 0)::bigint
+           octet_length(table_name)::bigint
+              + COALESCE(octet_length(row_key::text), 0)
               + COALESCE(octet_length(old_key::text), 0)
               + COALESCE(octet_length(before_data::text), 0)
               + COALESCE(octet_length(after_data::text), 0)
               + COALESCE(octet_length(event_type), 0)
-              + COALESCE(octet_length(headers::text), 0) AS bytes
+              + COALESCE(octet_length(headers::text), 0) AS texts
     FROM (
         SELECT l.*, sum(l.stored) OVER (ORDER BY l.seq) - l.stored AS stored_before
         FROM (
@@ -157,13 +160,12 @@ pub async fn extent(
             .bind(i64::try_from(through).unwrap_or(i64::MAX))
             .bind(i64::try_from(limits.events).unwrap_or(i64::MAX))
             .bind(STORED_BYTES)
-            .bind(EVENT_FRAME_BYTES)
             .fetch_all(pool)
             .await?;
         for row in &rows {
-            let (seq, bytes): (i64, i64) = (row.try_get("seq")?, row.try_get("bytes")?);
-            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-            sizes.push(Size { seq: seq.cast_unsigned(), tx_end: row.try_get("tx_end")?, bytes });
+            let (seq, texts): (i64, i64) = (row.try_get("seq")?, row.try_get("texts")?);
+            let texts = usize::try_from(texts).unwrap_or(usize::MAX);
+            sizes.push(Size { seq: seq.cast_unsigned(), tx_end: row.try_get("tx_end")?, texts });
         }
         let end = rows.is_empty() || sizes.last().is_none_or(|last| last.seq >= through);
         if let Some(extent) = cut(&sizes, limits, end) {
@@ -177,21 +179,23 @@ pub async fn extent(
 
 /// Where a page of these events ends. None: that is open until more of them are known. `end`: there are no more.
 fn cut(sizes: &[Size], limits: PageLimits, end: bool) -> Option<Extent> {
-    let (mut bytes, mut ends) = (0_usize, Vec::new());
+    let (mut bytes, mut texts, mut ends) = (0_usize, 0_usize, Vec::new());
     for size in sizes {
-        bytes = bytes.saturating_add(size.bytes);
+        texts = texts.saturating_add(size.texts);
+        bytes = bytes.saturating_add(size.texts.saturating_add(EVENT_FRAME_BYTES));
         if bytes > limits.bytes && !ends.is_empty() {
             break;
         }
-        let extent = Extent { through: size.seq, bytes };
+        let extent = Extent { through: size.seq, bytes, part: false };
         if size.tx_end {
             ends.push(extent);
-        } else if ends.is_empty() && bytes > limits.frame_bytes {
-            return Some(extent);
+        } else if ends.is_empty() && texts > limits.frame_bytes {
+            // By the texts alone: what is called a part must be larger than a frame.
+            return Some(Extent { part: true, ..extent });
         }
     }
     let Some(last) = ends.last() else {
-        return sizes.last().filter(|_| end).map(|last| Extent { through: last.seq, bytes });
+        return sizes.last().filter(|_| end).map(|last| Extent { through: last.seq, bytes, part: false });
     };
     // Where there is a choice, at a round number: readers that began at different places come to share pages.
     let after = sizes.first().map_or(0, |first| first.seq.saturating_sub(1));
@@ -391,36 +395,42 @@ const SYNC_SEARCH_EVENTS: i64 = 10_000;
 mod tests {
     use super::*;
 
-    const LIMITS: PageLimits = PageLimits { events: 1_000, bytes: 100, frame_bytes: 50 };
+    const LIMITS: PageLimits = PageLimits { events: 1_000, bytes: 100_000, frame_bytes: 50_000 };
 
-    /// Events after `after`: sizes, a negative one is the end of a transaction.
-    fn cut_of(after: Seq, sizes: &[i64], end: bool) -> Option<(Seq, usize)> {
+    /// Events after `after`: bytes of their texts, a negative one is the end of a transaction. Gives where the page ends,
+    /// and whether it is a part.
+    fn cut_of(after: Seq, sizes: &[i64], end: bool) -> Option<(Seq, bool)> {
         let sizes: Vec<Size> = (after + 1..)
             .zip(sizes)
-            .map(|(seq, size)| Size { seq, tx_end: *size < 0, bytes: usize::try_from(size.abs()).unwrap() })
+            .map(|(seq, size)| Size { seq, tx_end: *size < 0, texts: usize::try_from(size.abs()).unwrap() })
             .collect();
-        cut(&sizes, LIMITS, end).map(|extent| (extent.through, extent.bytes))
+        cut(&sizes, LIMITS, end).map(|extent| (extent.through, extent.part))
     }
 
     #[test]
     fn a_page_is_whole_transactions_or_a_part_that_is_larger_than_a_frame() {
+        let small = [10; 500];
+        let small_and_end = [&small[..], &[-10]].concat();
         for (after, sizes, end, want) in [
-            (0, &[-10, -10, -10][..], true, Some((3, 30))),
+            (0, &[-10, -10, -10][..], true, Some((3, false))),
             // Within the bytes, and at a round number.
-            (0, &[-60, -30, -30], false, Some((2, 90))),
-            (17, &[-10, -10, -10, -10, -10], false, Some((20, 30))),
-            (20, &[-10, -10, -10], true, Some((23, 30))),
+            (0, &[-60_000, -30_000, -30_000], false, Some((2, false))),
+            (17, &[-10, -10, -10, -10, -10], false, Some((20, false))),
+            (20, &[-10, -10, -10], true, Some((23, false))),
             // One event, or one transaction, may be larger.
-            (0, &[-500, -10], false, Some((1, 500))),
-            (0, &[30, -30, -50], false, Some((2, 60))),
+            (0, &[-500_000, -10], false, Some((1, false))),
+            (0, &[30_000, -30_000, -50_000], false, Some((2, false))),
             // A part of one that is larger than a frame; less of it is not enough, unless there is no more.
-            (0, &[30, 30, 30, -30], false, Some((2, 60))),
+            (0, &[30_000, 30_000, 30_000, -30_000], false, Some((2, true))),
             (0, &[10, 10], false, None),
-            (0, &[10, 10], true, Some((2, 20))),
-            (0, &[-10, 10, 10], false, Some((1, 10))),
+            (0, &[10, 10], true, Some((2, false))),
+            (0, &[-10, 10, 10], false, Some((1, false))),
             (0, &[], true, None),
+            // Many small events: their memory is more than a frame, what is sent of them is not.
+            (0, &small, false, None),
+            (0, &small_and_end, false, Some((501, false))),
         ] {
-            assert_eq!(cut_of(after, sizes, end), want, "{after} {sizes:?} {end}");
+            assert_eq!(cut_of(after, sizes, end), want, "{after} {} sizes, end: {end}", sizes.len());
         }
     }
 }

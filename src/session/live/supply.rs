@@ -157,7 +157,12 @@ impl Session {
         let Some(place) = self.places.get_mut(index) else { return Pull::Idle(edge) };
         let frame_bytes = self.context.options.limits.frame_bytes;
         let Some(page) = place.page.as_ref() else { return Pull::Idle(edge) };
-        let whole = Whole::prefix(page.iter().filter(|event| event.seq > place.passed), TURN_EVENTS, frame_bytes);
+        let rest = || page.iter().filter(|event| event.seq > place.passed);
+        let mut whole = Whole::prefix(rest(), TURN_EVENTS, frame_bytes);
+        if whole.events.is_empty() && page.is_part() {
+            // What is left of a part goes out as one: the page after it does not repeat it.
+            whole = Whole { events: rest().cloned().collect(), open: true };
+        }
         let pulled = self.context.hub.frame_of(place.tap.group(), whole, (place.generation, place.passed));
         // Nothing whole: a page from here on has it, or nobody has.
         let all = page.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
