@@ -133,8 +133,10 @@ pub async fn rejoin(
     subscribe: &Subscribe,
     signal: &Arc<Signal>,
 ) -> Result<Tap, WireError> {
-    let wish = Wish::read(subscribe)?;
-    join(context, scopes, subscribe, &wish, signal).await
+    // It goes on from its position, so it is told of changes by the log, as one that resumes.
+    let subscribe = Subscribe { from: From::Cursor(String::new()), ..subscribe.clone() };
+    let wish = Wish::read(&subscribe)?;
+    join(context, scopes, &subscribe, &wish, signal).await
 }
 
 /// A place in the hub. Where a table's shape changed between the look at it and joining, those who had joined before
