@@ -141,9 +141,7 @@ pub(super) fn parse_zoned_time(text: &str) -> Result<ZonedTime, Fault> {
 fn parse_infinity(text: &str, server: Server) -> Option<i8> {
     let text = text.trim_matches(is_blank);
     let signed = server.reads_signed_infinity();
-    if signed && text.eq_ignore_ascii_case("+infinity") {
-        Some(1)
-    } else if text.eq_ignore_ascii_case("infinity") {
+    if text.eq_ignore_ascii_case("infinity") || signed && text.eq_ignore_ascii_case("+infinity") {
         Some(1)
     } else if text.eq_ignore_ascii_case("-infinity") {
         Some(-1)
