@@ -16,6 +16,7 @@ mod feed;
 mod keys;
 mod load;
 mod memory;
+mod neighbour;
 mod partitions;
 mod processes;
 mod raw;
@@ -130,6 +131,7 @@ async fn perform(act: &mut Act<'_>) -> anyhow::Result<()> {
         "F23" => keys::revoke(act).await,
         "F24" => clients::hostile(act).await,
         "F27" => memory::cap(act).await,
+        "F28" => neighbour::noisy(act).await,
         "FP" => failpoints::set(act).await,
         other => anyhow::bail!("nobody knows how to do {other}"),
     }

@@ -17,7 +17,7 @@ use crate::cluster::{Listed, PROCESSES, find_binaries, started};
 use crate::sandbox::Place;
 
 /// Every class of faults, with what it is.
-pub const CLASSES: [(&str, &str); 28] = [
+pub const CLASSES: [(&str, &str); 29] = [
     ("F1", "kill a follower"),
     ("F2", "kill the leader"),
     ("F3", "pause the leader"),
@@ -45,6 +45,7 @@ pub const CLASSES: [(&str, &str); 28] = [
     ("F25", "two to four at once"),
     ("F26", "a held notification queue, forged and replayed notifications"),
     ("F27", "a node near its limit of memory"),
+    ("F28", "a noisy neighbour: dear conditions, subscriptions that nobody reads, floods of sync and pings"),
     ("FP", "fail points: a step of the server is killed, delayed or fails"),
 ];
 

@@ -93,7 +93,7 @@ async fn attached_among_faults(act: &Act<'_>) -> anyhow::Result<SlowCrowd> {
 }
 
 /// A metric of all nodes that answer.
-async fn metric_sum(act: &Act<'_>, name: &str) -> f64 {
+pub(super) async fn metric_sum(act: &Act<'_>, name: &str) -> f64 {
     let mut sum = 0.0;
     for node in act.cluster().nodes() {
         sum += node.metric(name).await.unwrap_or_default();
@@ -289,6 +289,6 @@ async fn broken(raw: &mut Raw, attack: Attack) -> anyhow::Result<Answer> {
 }
 
 /// Of all nodes, bytes.
-fn memory(act: &Act<'_>) -> u64 {
+pub(super) fn memory(act: &Act<'_>) -> u64 {
     act.cluster().nodes().iter().filter_map(crate::cluster::Node::rss_bytes).sum()
 }

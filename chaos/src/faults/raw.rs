@@ -19,6 +19,7 @@ const NONCE: &str = "Y2hhb3MgY2hhb3MgY2hhbw==";
 pub(super) const TEXT: u8 = 1;
 pub(super) const BINARY: u8 = 2;
 const CLOSE: u8 = 8;
+pub(super) const PING: u8 = 9;
 
 /// How a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

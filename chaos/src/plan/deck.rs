@@ -269,6 +269,13 @@ pub(super) const DECK: &[Class] = &[
     ),
     class("F27", Takes::NODE, 8_000, 1, &[full("address space", 16_000, 18_000)]),
     class(
+        "F28",
+        Takes::NOTHING,
+        4_000,
+        1,
+        &[full("dear", 12_000, 14_000), full("unread", 10_000, 12_000), full("syncs", 8_000, 12_000)],
+    ),
+    class(
         "FP",
         Takes::NODE,
         5_000,
@@ -278,9 +285,9 @@ pub(super) const DECK: &[Class] = &[
 ];
 
 /// Every class that a campaign reports, in order; F12, F22 and F25 are made apart from the dealing.
-pub const CLASSES: [&str; 28] = [
+pub const CLASSES: [&str; 29] = [
     "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "F10", "F11", "F12", "F13", "F14", "F15", "F16", "F17",
-    "F18", "F19", "F20", "F21", "F22", "F23", "F24", "F25", "F26", "F27", "FP",
+    "F18", "F19", "F20", "F21", "F22", "F23", "F24", "F25", "F26", "F27", "F28", "FP",
 ];
 
 /// A card that was dealt.

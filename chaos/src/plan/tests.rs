@@ -41,7 +41,7 @@ fn the_plan_of_a_seed_never_changes_within_a_version() {
     let hash = text
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    assert_eq!((VERSION, hash), (2, 10_331_854_329_719_130_335));
+    assert_eq!((VERSION, hash), (3, 10_331_854_329_719_130_335));
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn about_two_in_five_stand_alone() {
         all += real(&plan).filter(|fault| fault.class != GROUP).count();
     }
     let percent = 100 * alone / all;
-    assert!((33..=50).contains(&percent), "{percent} % of {all}");
+    assert!((33..=52).contains(&percent), "{percent} % of {all}");
 }
 
 #[test]

@@ -64,6 +64,7 @@ pub fn goals() -> &'static [Goal] {
             goal("F18", "others_silence_us", P99, 0.25 * SECOND, "longest silence of other clients"),
             goal("F19", "losers_caught_up_us", P99, 15.0 * SECOND, "everybody caught up"),
             goal("F23", "revoked_us", P99, SECOND, "revoked to socket closed"),
+            goal("F28", "others_silence_us", P99, 0.25 * SECOND, "longest silence of other clients"),
             goal("*", "caught_up_us", Max, 30.0 * SECOND, "healed to every client caught up"),
         ]
     }
