@@ -130,7 +130,9 @@ async fn a_revoked_key_ends_its_streams() {
 /// Found in review: a stream's time-outs, and the end of its key, were looked at only while the client read.
 #[tokio::test]
 async fn a_stream_that_nobody_reads_is_ended() {
-    let cluster = TestCluster::with(1, |settings| settings.slow_after_ms = Some(500)).await;
+    // The system gives up after twice as long without a word about slowness, counted from the first full buffer: the rows must
+    // come faster than that.
+    let cluster = TestCluster::with(1, |settings| settings.slow_after_ms = Some(2_000)).await;
     let node = cluster.node(0);
     let connections = || node.context().connections.load(std::sync::atomic::Ordering::Relaxed);
     let stream = open(node, &cluster.key, "table=public.orders", None).await;
