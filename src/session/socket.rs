@@ -51,6 +51,7 @@ where
         pause: None,
         closing: None,
         slow: false,
+        left: false,
         held_back: false,
         held_back_total: context.metrics.held_back_total.clone(),
         dirty: false,
@@ -75,6 +76,8 @@ struct Served<S> {
     closing: Option<Pin<Box<tokio::time::Sleep>>>,
     // Why: it accepted nothing for too long.
     slow: bool,
+    // The client has sent its close frame: nothing can be written any more but the library's answer to it.
+    left: bool,
     // Its messages wait until it has taken our answers, or its credentials have been checked.
     held_back: bool,
     held_back_total: prometheus::IntCounter,
@@ -144,7 +147,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
                         ),
                         Message::Ping(_) | Message::Pong(_) => self.session.control(),
                         // The library answers it; the stream ends once that is out.
-                        Message::Close(_) => self.session.close(CloseCode::Normal),
+                        Message::Close(_) => {
+                            self.left = true;
+                            self.session.close(CloseCode::Normal);
+                        }
                         // Only ever written.
                         Message::Frame(_) => {}
                     }
@@ -181,6 +187,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
 
     /// Hands what there is to the socket's buffer, as long as that takes it. True: the connection is gone.
     fn poll_feed(&mut self, task: &mut TaskContext<'_>) -> bool {
+        if self.left {
+            return false;
+        }
         let (mut emitted, mut bytes) = (0, 0);
         loop {
             match Pin::new(&mut self.socket).poll_ready(task) {
