@@ -152,7 +152,7 @@ async fn a_client_that_does_not_answer_pings_is_closed_with_4012() {
 
 #[tokio::test]
 async fn a_client_that_accepts_nothing_is_closed_with_4008() {
-    let cluster = one(|settings| settings.slow_after_ms = Some(300)).await;
+    let cluster = one(|settings| settings.slow_after_ms = Some(2_000)).await;
     let node = cluster.node(0);
     let mut wire = node.wire().await;
     wire.subscribe("o", "orders").await;
