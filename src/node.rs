@@ -225,9 +225,10 @@ fn build(
     let cluster = Cluster::new(Arc::clone(&database), identity, Arc::clone(&limiter), move || {
         report(source.get().and_then(std::sync::Weak::upgrade).as_deref())
     });
+    let lifecycle = Lifecycle::new();
     let context = Arc::new(Context {
         node: config.node.clone(),
-        pages: Pages::new(Arc::clone(&database), options.limits.frame_bytes, Arc::clone(&metrics)),
+        pages: Pages::new(Arc::clone(&database), options.limits.frame_bytes, lifecycle.clone(), Arc::clone(&metrics)),
         registry,
         keys: Arc::new(KeyStore::new(Arc::clone(&database))),
         tickets: Tickets::new(Arc::clone(&database)),
@@ -241,7 +242,7 @@ fn build(
         database,
         metrics,
         options,
-        lifecycle: Lifecycle::new(),
+        lifecycle,
         drain,
         connections: AtomicU32::new(0),
     });

@@ -4,6 +4,11 @@
 //! a part larger than a frame. So nobody ever holds one page while it waits for the next. All pages in memory, read or
 //! cached, are within [`HISTORY_BYTES`]: who finds no room waits in turn, pages that nobody reads are let go of for it, and
 //! whoever cannot send at the moment lets go of its own and reads it again.
+//!
+//! A page is read in a task of its own, which waits for memory and for Postgres; its readers wait for the task. So a reader
+//! that is not polled holds up none of the others. Once its last reader is gone the task ends and gives back what it has.
+
+mod memory;
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -12,11 +17,13 @@ use std::time::{Duration, Instant};
 
 use moka::future::Cache;
 use parking_lot::Mutex;
-use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use uuid::Uuid;
 
+use self::memory::Memory;
 use crate::cursor::Seq;
 use crate::event::Event;
+use crate::lifecycle::Lifecycle;
 use crate::log::read::{self, Extent, PageLimits};
 use crate::postgres::{Database, within};
 use crate::telemetry::metrics::{Metrics, gauge};
@@ -27,10 +34,8 @@ pub const PAGE_EVENTS: u64 = 1_000;
 const PAGE_BYTES: usize = 1 << 20;
 /// Memory of all pages of a node, bytes: 64 readers of the largest usual page at a time, or eight of the largest event.
 pub const HISTORY_BYTES: usize = 64 << 20;
-/// What the memory is counted in, bytes.
-const UNIT_BYTES: usize = 1 << 10;
-/// While someone waits for memory: between two inspections of what nobody reads any more.
-const RECLAIM_INTERVAL: Duration = Duration::from_millis(20);
+/// A reader takes a page as soon as it is polled; one that has not by then is not polled, and the page may go.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A page that nobody reads is kept for this long, if nobody needs its memory.
 const IDLE_AGE: Duration = Duration::from_secs(30);
 /// Runs of ids that are remembered, of [`PAGE_EVENTS`] each: 6 MB.
@@ -77,30 +82,41 @@ type Failure = Arc<sqlx::Error>;
 // (generation of the hub's epochs, after, through): the newest page grows, so its end is part of its name.
 type Name = (u64, Seq, Seq);
 
-/// A page that is read or was. Who waits for it holds the slot, who reads it the page.
-type Slot = Arc<OnceCell<Result<Page, Failure>>>;
+/// A page that is being read or was. Whoever waits for it holds a receiver, who reads it the page.
+type Slot = Arc<watch::Sender<Stage>>;
+
+/// Set by the page's task, up to `Read`, and `LetGo` by whoever needs the memory.
+#[derive(Debug)]
+enum Stage {
+    Reading,
+    Read(Result<Page, Failure>),
+    // A reader that comes to take it only now asks again.
+    LetGo,
+}
 
 /// Reads and shares pages.
 #[derive(Clone, Debug)]
 pub struct Pages {
     database: Arc<Database>,
     slots: Arc<Mutex<HashMap<Name, (Slot, Instant)>>>,
-    memory: Arc<Semaphore>,
+    memory: Arc<Memory>,
     ids: Cache<Name, Arc<Vec<(Seq, Uuid)>>>,
     frame_bytes: usize,
+    lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
 }
 
 impl Pages {
-    /// No pages yet, over `database`. `frame_bytes` is the protocol's limit of a frame.
+    /// No pages yet, over `database`. `frame_bytes` is the protocol's limit of a frame; pages are read in tasks of `lifecycle`.
     #[must_use]
-    pub fn new(database: Arc<Database>, frame_bytes: usize, metrics: Arc<Metrics>) -> Self {
+    pub fn new(database: Arc<Database>, frame_bytes: usize, lifecycle: Lifecycle, metrics: Arc<Metrics>) -> Self {
         Self {
             database,
             slots: Arc::default(),
-            memory: Arc::new(Semaphore::new(HISTORY_BYTES / UNIT_BYTES)),
+            memory: Arc::new(Memory::new(Arc::clone(&metrics))),
             ids: Cache::builder().max_capacity(ID_RUNS).time_to_live(IDLE_AGE).build(),
             frame_bytes,
+            lifecycle,
             metrics,
         }
     }
@@ -112,23 +128,39 @@ impl Pages {
     /// When Postgres refuses or is away; shared by all who waited for the same page.
     pub async fn following(&self, after: Seq, through: Seq, generation: u64) -> Result<Page, Failure> {
         let name = (generation, after, through.min(after + PAGE_EVENTS));
-        let slot = {
-            let mut slots = self.slots.lock();
-            let (slot, used) = slots.entry(name).or_insert_with(|| (Slot::default(), Instant::now()));
-            *used = Instant::now();
-            Arc::clone(slot)
-        };
-        let page = slot.get_or_init(|| self.read(after, through)).await.clone();
-        let last = page.as_ref().ok().and_then(|page| page.last());
-        if last.is_none_or(|last| !last.tx_end && last.seq >= through) {
-            // An error, what is not there yet or no more, or a transaction whose end is not: nothing to remember.
-            let mut slots = self.slots.lock();
-            if slots.get(&name).is_some_and(|(known, _)| Arc::ptr_eq(known, &slot)) {
-                slots.remove(&name);
+        loop {
+            let mut answer = self.ask(name, through);
+            let taken = match answer.wait_for(|stage| !matches!(stage, Stage::Reading)).await.as_deref() {
+                Ok(Stage::Read(page)) => Some(page.clone()),
+                Ok(_) => None,
+                // Its task always answers.
+                Err(_) => Some(Err(Arc::new(sqlx::Error::PoolClosed))),
+            };
+            self.measure();
+            if let Some(page) = taken {
+                return page;
             }
         }
-        self.measure();
-        page
+    }
+
+    /// A place among those who wait for this page. The first of them has it read.
+    fn ask(&self, name: Name, through: Seq) -> watch::Receiver<Stage> {
+        let mut fresh = None;
+        let answer = {
+            let mut slots = self.slots.lock();
+            let (slot, used) = slots.entry(name).or_insert_with(|| {
+                let slot = Slot::new(watch::Sender::new(Stage::Reading));
+                fresh = Some(Arc::clone(&slot));
+                (slot, Instant::now())
+            });
+            *used = Instant::now();
+            slot.subscribe()
+        };
+        if let Some(slot) = fresh {
+            let reading = Reading { pages: self.clone(), name, slot };
+            self.lifecycle.spawn("page", reading.run(through));
+        }
+        answer
     }
 
     /// The ids of the events around `seq`, no further than `through`, by seq.
@@ -148,7 +180,9 @@ impl Pages {
     /// Lets go of what nobody has read for a while.
     pub fn sweep(&self) {
         let now = Instant::now();
-        self.slots.lock().retain(|_, (slot, used)| !idle(slot) || now.saturating_duration_since(*used) < IDLE_AGE);
+        self.slots
+            .lock()
+            .retain(|_, (slot, used)| !idle(slot, *used, now) || now.saturating_duration_since(*used) < IDLE_AGE);
         self.measure();
     }
 
@@ -161,35 +195,18 @@ impl Pages {
             return Ok(Arc::new(Events { events: Vec::new(), part: false, held: None }));
         };
         // No connection is held meanwhile.
-        let held = Some(self.reserve(bytes).await?);
+        let held = Some(self.memory.reserve(bytes, |units| self.reclaim(units)).await?);
         let events = within(READ_TIMEOUT, read::through(&self.database.clients(), after, through)).await?;
         Ok(Arc::new(Events { events, part, held }))
     }
 
-    /// Waits for memory, in turn.
-    async fn reserve(&self, bytes: usize) -> Result<OwnedSemaphorePermit, sqlx::Error> {
-        let units = (bytes / UNIT_BYTES + 1).min(HISTORY_BYTES / UNIT_BYTES);
-        if self.memory.available_permits() < units {
-            self.metrics.history_waits_total.inc();
-            self.reclaim(units);
-        }
-        let wanted = u32::try_from(units).unwrap_or(u32::MAX);
-        let mut waiting = std::pin::pin!(Arc::clone(&self.memory).acquire_many_owned(wanted));
-        loop {
-            tokio::select! {
-                biased;
-                held = &mut waiting => return held.map_err(|_| sqlx::Error::PoolClosed),
-                () = tokio::time::sleep(RECLAIM_INTERVAL) => self.reclaim(units),
-            }
-        }
-    }
-
     /// Lets go of pages that nobody reads, the longest unused first, until `units` are free of them.
     fn reclaim(&self, units: usize) {
+        let now = Instant::now();
         let mut slots = self.slots.lock();
         let mut unused: Vec<(Instant, Name, usize)> = slots
             .iter()
-            .filter(|(_, (slot, _))| idle(slot))
+            .filter(|(_, (slot, used))| idle(slot, *used, now))
             .map(|(name, (slot, used))| (*used, *name, units_of(slot)))
             .collect();
         unused.sort_unstable();
@@ -199,23 +216,84 @@ impl Pages {
                 break;
             }
             freed += of_page;
-            slots.remove(&name);
+            if let Some((slot, _)) = slots.remove(&name) {
+                slot.send_replace(Stage::LetGo);
+            }
         }
     }
 
     fn measure(&self) {
-        let free = self.memory.available_permits() * UNIT_BYTES;
-        self.metrics.history_bytes.set(gauge(HISTORY_BYTES.saturating_sub(free)));
+        self.metrics.history_pages.set(gauge(self.slots.lock().len()));
+        self.memory.measure();
     }
 }
 
-/// Whether nobody waits for it and nobody reads it.
-fn idle(slot: &Slot) -> bool {
-    let read = slot.get().is_some_and(|page| page.as_ref().is_ok_and(|page| Arc::strong_count(page) == 1));
-    read && Arc::strong_count(slot) == 1
+/// A page while it is read.
+struct Reading {
+    pages: Pages,
+    name: Name,
+    slot: Slot,
+}
+
+impl Reading {
+    /// Reads until there is an answer or nobody waits for it any more.
+    async fn run(self, through: Seq) {
+        let mut read = std::pin::pin!(self.pages.read(self.name.1, through));
+        loop {
+            tokio::select! {
+                biased;
+                page = &mut read => return self.answer(page, through),
+                () = self.slot.closed() => {
+                    // Who comes meanwhile takes its place under the lock.
+                    let mut slots = self.pages.slots.lock();
+                    if self.slot.receiver_count() == 0 {
+                        self.forget(&mut slots);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn answer(&self, page: Result<Page, Failure>, through: Seq) {
+        let mut slots = self.pages.slots.lock();
+        if let Some((_, used)) = slots.get_mut(&self.name) {
+            *used = Instant::now();
+        }
+        let last = page.as_ref().ok().and_then(|page| page.last());
+        if last.is_none_or(|last| !last.tx_end && last.seq >= through) {
+            // An error, what is not there yet or no more, or a transaction whose end is not: nothing to remember.
+            self.forget(&mut slots);
+        }
+        self.slot.send_replace(Stage::Read(page));
+    }
+
+    fn forget(&self, slots: &mut HashMap<Name, (Slot, Instant)>) {
+        if slots.get(&self.name).is_some_and(|(known, _)| Arc::ptr_eq(known, &self.slot)) {
+            slots.remove(&self.name);
+        }
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        // Without an answer when its last reader is gone or the task was torn down: nobody may wait for it forever.
+        if matches!(*self.slot.borrow(), Stage::Reading) {
+            self.forget(&mut self.pages.slots.lock());
+            self.slot.send_replace(Stage::Read(Err(Arc::new(sqlx::Error::PoolClosed))));
+        }
+        self.pages.measure();
+    }
+}
+
+/// Whether nobody reads it, nor will soon.
+fn idle(slot: &Slot, used: Instant, now: Instant) -> bool {
+    let Stage::Read(Ok(page)) = &*slot.borrow() else { return false };
+    let unused = slot.receiver_count() == 0 || now.saturating_duration_since(used) > TAKE_TIMEOUT;
+    unused && Arc::strong_count(page) == 1
 }
 
 fn units_of(slot: &Slot) -> usize {
-    let page = slot.get().and_then(|page| page.as_ref().ok());
-    page.and_then(|page| page.held.as_ref()).map_or(0, OwnedSemaphorePermit::num_permits)
+    let Stage::Read(Ok(page)) = &*slot.borrow() else { return 0 };
+    page.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
 }

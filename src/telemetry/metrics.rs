@@ -94,6 +94,7 @@ metrics! {
     auth_total: CounterVec = "tidewire_auth_total" ["outcome"], "Authentications";
     admissions_deferred_total: Counter = "tidewire_admissions_deferred_total", "Clients over their key's limit that waited for lost connections on other nodes to stop counting";
     history_bytes: Gauge = "tidewire_history_bytes", "Memory of the pages of the log that are held for replays, bytes; at most 64 MiB";
+    history_pages: Gauge = "tidewire_history_pages", "Pages of the log that are kept, read or waited for";
     history_waits_total: Counter = "tidewire_history_waits_total", "Pages of the log that waited for memory";
     syncs_waiting: Gauge = "tidewire_syncs_waiting", "Syncs of all clients that wait; at most 4096";
     sync_queries_total: Counter = "tidewire_sync_queries_total", "Statements that inspected the transactions of waiting syncs";

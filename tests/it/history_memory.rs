@@ -1,13 +1,16 @@
 //! However many replay the log at once, and however large its events: the pages in memory are bounded, and nobody who does
 //! not read holds them.
 
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use tidewire::client::{Start, SubscribeOptions};
 use tidewire::hub::pages::HISTORY_BYTES;
 
 use crate::support::cluster::{TestCluster, TestNode};
-use crate::support::eventually;
 use crate::support::wire::Wire;
+use crate::support::{eventually, within};
 
 /// Rows of one megabyte: together more than the node may hold.
 const ROWS: i64 = 80;
@@ -131,4 +134,58 @@ async fn whoever_waits_for_memory_gets_it_in_turn() {
         held(node);
     });
     futures_util::future::join_all(readers).await;
+}
+
+/// A lock that every reader of the log waits for.
+async fn locked_log(cluster: &TestCluster) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let mut lock = cluster.pool.begin().await.unwrap();
+    sqlx::raw_sql("LOCK TABLE tidewire.event_log IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
+    lock
+}
+
+/// Found in review: what a client had asked for when its connection ended stayed in the map of pages forever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_of_the_log_that_nobody_waits_for_leaves_nothing() {
+    const CLIENTS: u64 = 20;
+    let cluster = TestCluster::start(1).await;
+    cluster.insert_each("orders", 1..=i64::try_from(CLIENTS).unwrap()).await;
+    let node = cluster.node(0);
+    node.reached(CLIENTS).await;
+    let (pages, generation) = (&node.context().pages, node.context().hub.edge().generation);
+    let lock = locked_log(&cluster).await;
+    for after in 0..CLIENTS {
+        let read = pages.following(after, CLIENTS, generation);
+        assert!(tokio::time::timeout(Duration::from_millis(20), read).await.is_err(), "the log is locked");
+    }
+    eventually("nothing is left of them, while the log is still locked", || {
+        pages.sweep();
+        node.metrics().history_pages.get() == 0
+    })
+    .await;
+    lock.rollback().await.unwrap();
+    let page = within("a page", pages.following(0, CLIENTS, generation)).await.unwrap();
+    assert_eq!(page.len() as u64, CLIENTS);
+}
+
+/// Found in review: a page was read by the first who asked for it, and who did not go on held up all the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_does_not_go_on_holds_up_nobody() {
+    let cluster = large_log().await;
+    let node = cluster.node(0);
+    let (pages, generation) = (&node.context().pages, node.context().hub.edge().generation);
+    let lock = locked_log(&cluster).await;
+    let paused: Vec<_> = (0..ROWS as u64)
+        .map(|after| {
+            let mut read = Box::pin(pages.following(after, ROWS as u64, generation));
+            assert!((&mut read).now_or_never().is_none(), "the log is locked");
+            read
+        })
+        .collect();
+    lock.rollback().await.unwrap();
+    // The same page, and then all of them, for which there is no memory at once.
+    for after in 0..ROWS as u64 {
+        let page = within("a page", pages.following(after, ROWS as u64, generation)).await.unwrap();
+        assert_eq!(page.first().map(|event| event.seq), Some(after + 1));
+    }
+    drop(paused);
 }
