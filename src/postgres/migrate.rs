@@ -39,6 +39,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (9, "capture", include_str!("../../migrations/0009_capture.sql")),
     (10, "tracking", include_str!("../../migrations/0010_tracking.sql")),
     (11, "relay", include_str!("../../migrations/0011_relay.sql")),
+    (12, "writers", include_str!("../../migrations/0012_writers.sql")),
 ];
 
 /// What [`migrate`] did.
