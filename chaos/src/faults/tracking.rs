@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use sqlx::AssertSqlSafe;
-use tidewire::client::{Client, ClientError, ConnectOptions, Resync, ResyncReason, SubscribeOptions, Subscription};
+use tidewire::client::{Client, ConnectOptions, Item, Resync, ResyncReason, SubscribeOptions, Subscription};
 
 use super::act::Act;
 use super::keys;
@@ -48,11 +48,11 @@ pub(super) async fn missing(act: &mut Act<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn resync(subscription: &mut Subscription) -> anyhow::Result<Box<Resync>> {
+async fn resync(subscription: &mut Subscription) -> anyhow::Result<Resync> {
     loop {
         match subscription.next().await {
+            Some(Ok(Item::Resync(told))) => return Ok(told),
             Some(Ok(_)) => {}
-            Some(Err(ClientError::Resync(told))) => return Ok(told),
             Some(Err(error)) => return Err(error.into()),
             None => bail!("it ended without a word"),
         }
