@@ -343,10 +343,10 @@ BEGIN
             numbers := string_to_array(TG_ARGV[5], ' ');
             INSERT INTO tidewire.outbox (table_name, operation, row_key, old_key, before_data, after_data, headers)
             SELECT name, TG_OP, key, key_was, before, after, context
-            FROM (SELECT count(*) FILTER (WHERE attname = key_names[array_position(numbers, attnum)]) AS found
+            FROM (SELECT count(*) FILTER (WHERE attname = key_names[array_position(numbers, attnum)]) AS named
                   FROM pg_attribute
                   WHERE attrelid = relation AND attnum > 0) AS a
-            WHERE found = cardinality(numbers);
+            WHERE named = cardinality(numbers);
         END IF;
         IF FOUND THEN
             RETURN NULL;
