@@ -145,6 +145,8 @@ struct Leader<'a> {
     interner: crate::log::append::Interner,
     /// A row of the first transaction in order cannot be processed: nothing but that transaction is relayed next.
     careful: bool,
+    /// A row that failed alone, perhaps for a reason that passes.
+    doubted: Option<parts::Doubted>,
     parked: bool,
     swept: Instant,
     torn_reported: Option<Instant>,
@@ -197,11 +199,14 @@ impl Leader<'_> {
         let began = Instant::now();
         let work = claim(self.connection, &mut self.position, self.newest, bounds, &mut self.interner);
         let claim = match worked(self.relay, self.pid, work).await? {
-            Err(error) if error.is_of_content() && !self.careful => {
-                self.careful = !self.fewer(&error);
-                return Ok(Claim { more: true, ..Claim::default() });
-            }
-            outcome => outcome?,
+            Err(error) => match error.suspect().filter(|_| !self.careful) {
+                Some(suspect) => {
+                    self.careful = !self.fewer(&error, suspect).await;
+                    return Ok(Claim { more: true, ..Claim::default() });
+                }
+                None => return Err(error.into()),
+            },
+            Ok(claim) => claim,
         };
         self.careful &= claim.oversized.is_some() || claim.torn;
         self.window = match claim.widen {

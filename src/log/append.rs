@@ -80,7 +80,7 @@ pub struct Claim {
     pub poison: u64,
 }
 
-/// Why a claim failed. Every one ends the term, but for those that [`are of the content`](ClaimError::is_of_content).
+/// Why a claim failed. Every one ends the term, but for those that have a [`Suspect`].
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
     /// Postgres refused, or the connection died.
@@ -201,16 +201,28 @@ pub async fn claim(
     Ok(claim)
 }
 
+/// What made a statement fail, where that may be a value of a row: the statement is undone and the connection is sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspect {
+    /// A row: the same statement would fail again. SQLSTATE classes 22 (data) and 54 (limits).
+    Row,
+    /// A row or the server, which only time tells apart. 53200 is a value too large for the server's memory, or a full lock
+    /// table; class XX a value that is damaged or too large for one allocation, or a relation that cannot be opened at the
+    /// moment; 57014 a value that takes longer than a statement may, or somebody who cancels.
+    RowOrServer,
+}
+
 impl ClaimError {
-    /// Postgres could not process a value of a row: the statement is undone, the connection is sound, and the same
-    /// statement would fail again. SQLSTATE classes 22 (data), 54 (limits), XX (a value that is damaged or too large for
-    /// one allocation), and a statement that ran out of memory or time.
+    /// What may have made the statement fail; None: nothing that a row has to do with.
     #[must_use]
-    pub fn is_of_content(&self) -> bool {
-        let Self::Postgres(sqlx::Error::Database(error)) = self else { return false };
+    pub fn suspect(&self) -> Option<Suspect> {
+        let Self::Postgres(sqlx::Error::Database(error)) = self else { return None };
         let code = error.code();
-        let code = code.as_deref().unwrap_or_default();
-        ["22", "54", "XX"].iter().any(|class| code.starts_with(class)) || ["53200", "57014"].contains(&code)
+        match code.as_deref().unwrap_or_default() {
+            code if code.starts_with("22") || code.starts_with("54") => Some(Suspect::Row),
+            code if code.starts_with("XX") || ["53200", "57014"].contains(&code) => Some(Suspect::RowOrServer),
+            _ => None,
+        }
     }
 }
 
@@ -262,6 +274,18 @@ pub enum Readable {
     Names = 1,
     /// All of it can be copied.
     All = 2,
+}
+
+impl Readable {
+    /// The next less; None: there is no less.
+    #[must_use]
+    pub const fn less(self) -> Option<Self> {
+        match self {
+            Self::All => Some(Self::Names),
+            Self::Names => Some(Self::Nothing),
+            Self::Nothing => None,
+        }
+    }
 }
 
 /// Relays the next event of the transaction `xid` without its content, which no statement could process for the reason

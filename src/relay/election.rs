@@ -153,6 +153,7 @@ async fn lead(
         portion: Portion::new(relay.options.batch, relay.options.event_bytes),
         interner: Interner::default(),
         careful: false,
+        doubted: None,
         parked: false,
         swept: Instant::now(),
         torn_reported: None,

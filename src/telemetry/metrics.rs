@@ -56,6 +56,7 @@ metrics! {
     relay_parts_total: Counter = "tidewire_relay_parts_total", "Parts in which transactions larger than a batch were relayed";
     relay_poison_total: Counter = "tidewire_relay_poison_total", "Events whose rows could not be carried; see dead_letters";
     relay_halvings_total: Counter = "tidewire_relay_halvings_total", "Claims that Postgres could not process and that were tried again with half the rows";
+    relay_row_retries_total: Counter = "tidewire_relay_row_retries_total", "Tries of a single row that Postgres could not process, perhaps for a reason that passes";
     relay_parked: Gauge = "tidewire_relay_parked", "1 while the relay is parked and writers wake it";
     foreign_locks: Gauge = "tidewire_foreign_locks", "Sessions that hold the leader's or the park lock and are not the relay";
     relay_errors_total: Counter = "tidewire_relay_errors_total", "Terms that ended by an error";
