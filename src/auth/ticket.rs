@@ -10,7 +10,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use sqlx::Row;
@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use crate::auth::key::{KeyId, SECRET_CHARS, push_random};
 use crate::postgres::Database;
+use crate::telemetry::repeats::Repeats;
 
 /// How long a ticket can be redeemed.
 pub const TICKET_TTL: Duration = Duration::from_secs(30);
@@ -69,13 +70,15 @@ pub enum TicketError {
 pub struct Tickets {
     database: Arc<Database>,
     places: Arc<Semaphore>,
+    // For the log: whoever redeems needs no key, so an outage is told as often as somebody likes.
+    repeats: Arc<Repeats>,
 }
 
 impl Tickets {
     /// Over this database.
     #[must_use]
     pub fn new(database: Arc<Database>) -> Self {
-        Self { database, places: Arc::new(Semaphore::new(MAX_STATEMENTS)) }
+        Self { database, places: Arc::new(Semaphore::new(MAX_STATEMENTS)), repeats: Arc::default() }
     }
 
     /// A ticket that stands for this key. The limit of pending ones is not exact when several are asked for at once.
@@ -143,17 +146,15 @@ impl Tickets {
             let _place = self.places.acquire().await;
             query.await
         };
-        match timeout(QUERY_TIMEOUT, bounded).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "tickets cannot be read or written");
-                Err(TicketError::Unavailable)
-            }
-            Err(_) => {
-                tracing::warn!("tickets cannot be read or written: no answer in time");
-                Err(TicketError::Unavailable)
-            }
+        let failed = match timeout(QUERY_TIMEOUT, bounded).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer in time".to_owned(),
+        };
+        if let Some(repeated) = self.repeats.happened(Instant::now(), &failed) {
+            tracing::warn!(error = failed, repeated, "tickets cannot be read or written");
         }
+        Err(TicketError::Unavailable)
     }
 }
 

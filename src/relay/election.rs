@@ -36,10 +36,10 @@ pub async fn run(relay: Relay, lifecycle: Lifecycle) {
     let stop = lifecycle.soft().clone();
     let failures = Repeats::default();
     while !stop.is_cancelled() {
-        match candidacy(&relay, &lifecycle).await {
+        match candidacy(&relay, &lifecycle, &failures).await {
             Ok(()) | Err(TermEnd::Resigned) => {}
             Err(error) => {
-                if let Some(repeated) = failures.happened(Instant::now()) {
+                if let Some(repeated) = failures.happened(Instant::now(), &error.to_string()) {
                     tracing::warn!(%error, repeated, "not leading; trying again");
                 }
                 tokio::select! {
@@ -52,7 +52,7 @@ pub async fn run(relay: Relay, lifecycle: Lifecycle) {
 }
 
 /// One connection's candidacy: tries until it leads, leads until its term ends, closes the connection.
-async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> {
+async fn candidacy(relay: &Relay, lifecycle: &Lifecycle, failures: &Repeats) -> Result<(), TermEnd> {
     let stop = lifecycle.soft();
     let connect = async {
         let (mut connection, incarnation) =
@@ -74,6 +74,10 @@ async fn candidacy(relay: &Relay, lifecycle: &Lifecycle) -> Result<(), TermEnd> 
     }
     failpoint::hit("election.locked").await.map_err(sqlx::Error::from)?;
     let ended = lead(relay, lifecycle, &mut connection, &incarnation).await;
+    if relay.metrics.leader.get() == 1 {
+        // Why this term ended is news, whatever ended the one before.
+        failures.over();
+    }
     relay.metrics.leader.set(0);
     relay.metrics.relay_parked.set(0);
     relay.metrics.table_faults.set(0);

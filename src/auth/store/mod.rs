@@ -399,13 +399,13 @@ impl KeyStore {
     }
 
     async fn ask<T>(&self, query: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, AuthError> {
-        let failed: &dyn std::fmt::Display = match timeout(QUERY_TIMEOUT, query).await {
+        let failed = match timeout(QUERY_TIMEOUT, query).await {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(error)) => &error.to_string(),
-            Err(_) => &"no answer in time",
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer in time".to_owned(),
         };
         self.counters.failures.fetch_add(1, Ordering::Relaxed);
-        if let Some(repeated) = self.repeats.happened(std::time::Instant::now()) {
+        if let Some(repeated) = self.repeats.happened(std::time::Instant::now(), &failed) {
             tracing::warn!(error = %failed, repeated, "API keys cannot be read or written");
         }
         Err(AuthError::Unavailable)
