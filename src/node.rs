@@ -197,7 +197,8 @@ fn build(
         Arc::clone(&metrics),
     ));
     let wakeups = Arc::new(Wakeups::default());
-    let registry = Arc::new(Registry::new(Arc::clone(&database)));
+    let lifecycle = Lifecycle::new();
+    let registry = Arc::new(Registry::new(Arc::clone(&database), lifecycle.clone()));
     let (follower, handle, key_changes) = Follower::new(
         Arc::clone(&database),
         Arc::clone(&hub),
@@ -225,7 +226,6 @@ fn build(
     let cluster = Cluster::new(Arc::clone(&database), identity, Arc::clone(&limiter), move || {
         report(source.get().and_then(std::sync::Weak::upgrade).as_deref())
     });
-    let lifecycle = Lifecycle::new();
     let context = Arc::new(Context {
         node: config.node.clone(),
         pages: Pages::new(Arc::clone(&database), options.limits.frame_bytes, lifecycle.clone(), Arc::clone(&metrics)),
@@ -234,8 +234,8 @@ fn build(
         tickets: Tickets::new(Arc::clone(&database)),
         limiter,
         cluster: cluster.status(),
-        syncs: Syncs::new(Arc::clone(&metrics)),
-        log_end: LogEnd::default(),
+        syncs: Syncs::new(Arc::clone(&metrics), lifecycle.clone()),
+        log_end: LogEnd::new(lifecycle.clone()),
         intruders: Arc::default(),
         follower: handle,
         hub,

@@ -17,15 +17,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use sqlx::postgres::PgPool;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{TableInfo, described};
 use crate::filter::Server;
+use crate::lifecycle::Lifecycle;
 use crate::postgres::listen::Wakeups;
+use crate::postgres::rounds::Rounds;
 use crate::postgres::{Database, within};
 use crate::table_name::{TableName, is_event};
 
@@ -66,9 +68,7 @@ pub struct Registry {
     // Rises with every change of what is known.
     version: AtomicU64,
     channels: watch::Sender<Arc<HashMap<Arc<str>, String>>>,
-    // Who asks next; closed when its query begins.
-    next: Mutex<Arc<Round>>,
-    turn: tokio::sync::Mutex<()>,
+    rounds: Rounds<TableName, Answer>,
     server: RwLock<Option<Server>>,
 }
 
@@ -137,26 +137,18 @@ impl Known {
     }
 }
 
-/// Names that are asked for together.
-#[derive(Debug, Default)]
-struct Round {
-    names: Mutex<BTreeSet<TableName>>,
-    answer: OnceCell<Answer>,
-}
-
-type Answer = Result<HashMap<TableName, Lookup>, Arc<sqlx::Error>>;
+type Answer = Result<Arc<HashMap<TableName, Lookup>>, Arc<sqlx::Error>>;
 
 impl Registry {
     /// Knows nothing yet.
     #[must_use]
-    pub fn new(database: Arc<Database>) -> Self {
+    pub fn new(database: Arc<Database>, lifecycle: Lifecycle) -> Self {
         Self {
             database,
             known: RwLock::default(),
             version: AtomicU64::new(0),
             channels: watch::channel(Arc::default()).0,
-            next: Mutex::default(),
-            turn: tokio::sync::Mutex::default(),
+            rounds: Rounds::new(lifecycle, Duration::ZERO, MAX_ROUND),
             server: RwLock::default(),
         }
     }
@@ -166,7 +158,7 @@ impl Registry {
     ///
     /// # Errors
     /// Postgres could not be asked. Bounded by the pool's and the statement's time-outs.
-    pub async fn lookup(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
+    pub async fn lookup(self: &Arc<Self>, name: &TableName) -> Result<Lookup, sqlx::Error> {
         if let Some(entry) = self.known.read().tables.get(name)
             && entry.state == State::Current
         {
@@ -179,26 +171,16 @@ impl Registry {
     ///
     /// # Errors
     /// As [`Registry::lookup`].
-    pub async fn look_again(&self, name: &TableName) -> Result<Lookup, sqlx::Error> {
-        let round = loop {
-            let full = {
-                let next = self.next.lock();
-                let mut names = next.names.lock();
-                if names.len() < MAX_ROUND || names.contains(name) {
-                    names.insert(name.clone());
-                    drop(names);
-                    break Arc::clone(&next);
-                }
-                drop(names);
-                Arc::clone(&next)
-            };
-            // Its question is as long as it may be: there is room in the one after it.
-            let _ = full.answer.get_or_init(|| self.ask(&full)).await;
+    pub async fn look_again(self: &Arc<Self>, name: &TableName) -> Result<Lookup, sqlx::Error> {
+        let registry = Arc::clone(self);
+        let question = async move |names: BTreeSet<TableName>| {
+            let pool = registry.database.clients();
+            registry.read_known(names.into_iter().collect(), &pool).await.map(Arc::new).map_err(Arc::new)
         };
-        // Whoever comes first asks for all; if it is cancelled, another takes over.
-        match round.answer.get_or_init(|| self.ask(&round)).await {
-            Ok(found) => Ok(found.get(name).cloned().unwrap_or(Lookup::Unknown)),
-            Err(error) => Err(sqlx::Error::Io(std::io::Error::other(Arc::clone(error)))),
+        match self.rounds.ask(name.clone(), question).await {
+            Some(Ok(found)) => Ok(found.get(name).cloned().unwrap_or(Lookup::Unknown)),
+            Some(Err(error)) => Err(sqlx::Error::Io(std::io::Error::other(error))),
+            None => Err(sqlx::Error::WorkerCrashed),
         }
     }
 
@@ -358,18 +340,6 @@ impl Registry {
                 () = stop.cancelled() => return,
             }
         }
-    }
-
-    async fn ask(&self, round: &Arc<Round>) -> Answer {
-        let _turn = self.turn.lock().await;
-        {
-            let mut next = self.next.lock();
-            if Arc::ptr_eq(&next, round) {
-                *next = Arc::default();
-            }
-        }
-        let names: Vec<TableName> = round.names.lock().iter().cloned().collect();
-        self.read_known(names, &self.database.clients()).await.map_err(Arc::new)
     }
 
     async fn read_known(

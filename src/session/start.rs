@@ -13,7 +13,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::auth::scope::{OpSet, Scopes, TableAccess};
 use crate::cursor::{Cursor, MalformedCursor};
@@ -24,7 +24,6 @@ use crate::hub::Tap;
 use crate::hub::group::{Plans, Signal};
 use crate::hub::plan::TablePlan;
 use crate::hub::shape::Basis;
-use crate::postgres::within;
 use crate::protocol::error::{ErrorCode, WireError};
 use crate::protocol::message::{From, Resync, ResyncReason, Source, Subscribe};
 use crate::schema::{Lookup, Registry, TableInfo};
@@ -32,7 +31,7 @@ use crate::session::Context;
 use crate::session::machine::unavailable;
 use crate::table_name::{TableName, TablePattern};
 
-/// How long a wish waits for Postgres, or for this node to be where the log is.
+/// How long a wish waits for Postgres and for this node to be where the log is, everything together.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two tries meanwhile.
 const RETRY: Duration = Duration::from_millis(200);
@@ -100,22 +99,23 @@ pub async fn start(
             return Err(WireError::never(ErrorCode::Unsupported, what).into());
         }
     };
+    let until = wish.until;
     let unlucky = |_| unavailable("a fail point");
     failpoint::hit("resume.settle").await.map_err(unlucky)?;
-    let edge = resume::settled(context).await?;
+    let edge = resume::settled(context, until).await?;
     // Join before the position is taken: frames of a group that is new begin at or before it.
     let tap = join(context, scopes, subscribe, &wish, signal).await?;
     if subscribe.from == From::Oldest {
-        let (cursor, source, generation) = resume::oldest(context).await?;
+        let (cursor, source, generation) = resume::oldest(context, until).await?;
         return Ok(Started { tap, cursor, recovered: None, source, generation });
     }
     let Some(cursor) = asked else {
         // Not whatever the edge says: while the log is exchanged it still names the end of the one that goes.
-        let edge = resume::settled(context).await?;
+        let edge = resume::settled(context, until).await?;
         let (cursor, generation) = (edge.boundary, edge.generation);
         return Ok(Started { tap, cursor, recovered: None, source: Source::Live, generation });
     };
-    let resumed = resume::resume(context, cursor, edge).await;
+    let resumed = resume::resume(context, cursor, edge, until).await;
     failpoint::hit("resume.decided").await.map_err(unlucky)?;
     match resumed {
         Ok((source, generation)) => Ok(Started { tap, cursor, recovered: Some(true), source, generation }),
@@ -163,6 +163,8 @@ struct Wish {
     patterns: Vec<TablePattern>,
     ops: Option<OpSet>,
     columns: Option<Arc<BTreeSet<Box<str>>>>,
+    // When it stops waiting, for whatever it waits then.
+    until: Instant,
 }
 
 impl Wish {
@@ -202,7 +204,7 @@ impl Wish {
         let columns = subscribe.columns.as_ref().map(|columns| {
             Arc::new(columns.iter().map(|column| column.as_str().into()).collect::<BTreeSet<Box<str>>>())
         });
-        Ok(Self { patterns, ops, columns })
+        Ok(Self { patterns, ops, columns, until: Instant::now() + PATIENCE })
     }
 }
 
@@ -331,17 +333,17 @@ async fn exact_plan(
         return Err(WireError::never(ErrorCode::Forbidden, what));
     }
     if name.is_event() {
-        let view = View { name, info: None, access, server: asked(|| context.registry.server()).await? };
+        let view = View { name, info: None, access, server: asked(wish.until, || context.registry.server()).await? };
         return Ok((table_plan(&view, subscribe, wish)?, None));
     }
     let view = |info: &Arc<TableInfo>| View { name, info: Some(Arc::clone(info)), access, server: info.server };
     let memory = if subscribe.from == From::Now { Memory::Doubted } else { Memory::Trusted };
-    let info = known(context, name, memory).await?;
+    let info = known(context, name, memory, wish.until).await?;
     match table_plan(&view(&info), subscribe, wish) {
         Ok(plan) => Ok((plan, Some(info))),
         Err(refused) if memory == Memory::Doubted => Err(refused),
         Err(refused) => {
-            let now = known(context, name, Memory::Doubted).await?;
+            let now = known(context, name, Memory::Doubted, wish.until).await?;
             if now == info {
                 return Err(refused);
             }
@@ -358,7 +360,12 @@ enum Memory {
 }
 
 /// Asks what a table is.
-async fn known(context: &Context, name: &TableName, memory: Memory) -> Result<Arc<TableInfo>, WireError> {
+async fn known(
+    context: &Context,
+    name: &TableName,
+    memory: Memory,
+    until: Instant,
+) -> Result<Arc<TableInfo>, WireError> {
     let registry = &context.registry;
     let ask = || async move {
         match memory {
@@ -366,7 +373,7 @@ async fn known(context: &Context, name: &TableName, memory: Memory) -> Result<Ar
             Memory::Doubted => registry.look_again(name).await,
         }
     };
-    match asked(ask).await? {
+    match asked(until, ask).await? {
         Lookup::Tracked(info) => Ok(info),
         Lookup::NotTracked => {
             let what = format!("{name} is not tracked: SELECT tidewire.track('{name}')");
@@ -379,19 +386,22 @@ async fn known(context: &Context, name: &TableName, memory: Memory) -> Result<Ar
     }
 }
 
-/// Asks Postgres, while it is away again and again.
-async fn asked<T, F: Future<Output = Result<T, sqlx::Error>>>(ask: impl Fn() -> F) -> Result<T, WireError> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match within(PATIENCE, ask()).await {
-            Ok(answer) => return Ok(answer),
-            Err(error) if Instant::now() >= until => {
-                tracing::debug!(%error, "a table could not be looked up");
-                return Err(unavailable("Postgres is away, so the table cannot be looked up"));
+/// Asks Postgres, while it is away again and again until then.
+async fn asked<T, F: Future<Output = Result<T, sqlx::Error>>>(
+    until: Instant,
+    ask: impl Fn() -> F,
+) -> Result<T, WireError> {
+    let answered = async {
+        loop {
+            match ask().await {
+                Ok(answer) => return answer,
+                Err(error) => tracing::debug!(%error, "a table could not be looked up; trying again"),
             }
-            Err(_) => tokio::time::sleep(RETRY).await,
+            tokio::time::sleep(RETRY).await;
         }
-    }
+    };
+    let away = |_| unavailable("Postgres is away, so the table cannot be looked up");
+    timeout_at(until, answered).await.map_err(away)
 }
 
 /// One table, as a key sees it.

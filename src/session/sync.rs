@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cursor::Cursor;
+use crate::lifecycle::Lifecycle;
 use crate::log::read::{self, Transaction, Transactions};
 use crate::postgres::rounds::Rounds;
 use crate::postgres::within;
@@ -47,8 +48,8 @@ impl Drop for Waiting<'_> {
 impl Syncs {
     /// None wait.
     #[must_use]
-    pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { rounds: Rounds::new(SYNC_PAUSE), metrics }
+    pub fn new(metrics: Arc<Metrics>, lifecycle: Lifecycle) -> Self {
+        Self { rounds: Rounds::new(lifecycle, SYNC_PAUSE, MAX_NODE_SYNCS.unsigned_abs() as usize), metrics }
     }
 
     fn enter(&self) -> Result<Waiting<'_>, WireError> {
@@ -62,12 +63,12 @@ impl Syncs {
     }
 
     async fn ask(&self, context: &Context, xid: u64) -> Option<Arc<Transactions>> {
-        let pool = context.database.clients();
-        let question = async |xids: BTreeSet<u64>| {
-            self.metrics.sync_queries_total.inc();
-            within(SYNC_TIMEOUT, read::transactions(&pool, &xids)).await.ok().map(Arc::new)
+        let (database, metrics) = (Arc::clone(&context.database), Arc::clone(&self.metrics));
+        let question = async move |xids: BTreeSet<u64>| {
+            metrics.sync_queries_total.inc();
+            within(SYNC_TIMEOUT, read::transactions(&database.clients(), &xids)).await.ok().map(Arc::new)
         };
-        self.rounds.ask(xid, question).await
+        self.rounds.ask(xid, question).await.flatten()
     }
 }
 

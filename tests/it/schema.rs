@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection as _};
 use tidewire::filter::{Column, ColumnType};
+use tidewire::lifecycle::Lifecycle;
 use tidewire::postgres::Database;
 use tidewire::schema::watch::{Look, look};
 use tidewire::schema::{Lookup, Registry, TableInfo};
@@ -29,7 +30,7 @@ fn name(text: &str) -> TableName {
     text.parse().unwrap()
 }
 
-async fn tracked(registry: &Registry, table: &str) -> Arc<TableInfo> {
+async fn tracked(registry: &Arc<Registry>, table: &str) -> Arc<TableInfo> {
     match registry.lookup(&name(table)).await.unwrap() {
         Lookup::Tracked(info) => info,
         other => panic!("{table}: {other:?}"),
@@ -44,7 +45,7 @@ const ORDERS: &str = "CREATE DOMAIN money_amount AS numeric(12,2);
 #[tokio::test]
 async fn a_table_tracked_a_moment_ago_is_known() {
     let db = database().await;
-    let registry = Registry::new(node_database(&db));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     assert_eq!(registry.lookup(&name("orders")).await.unwrap(), Lookup::Unknown);
     run(&db, "CREATE TABLE orders (id bigint PRIMARY KEY)").await;
     assert_eq!(registry.lookup(&name("orders")).await.unwrap(), Lookup::NotTracked);
@@ -71,7 +72,7 @@ async fn a_table_tracked_a_moment_ago_is_known() {
 #[tokio::test]
 async fn names_are_taken_as_they_are() {
     let db = database().await;
-    let registry = Registry::new(node_database(&db));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     run(
         &db,
         r#"CREATE SCHEMA "Sales.EU"; CREATE TABLE "Sales.EU"."Order Lines" (a int, "B" int, PRIMARY KEY (a, "B"));
@@ -89,7 +90,7 @@ async fn names_are_taken_as_they_are() {
 #[tokio::test]
 async fn a_refresh_brings_new_tables_and_forgets_old_ones() {
     let db = database().await;
-    let registry = Registry::new(node_database(&db));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     run(&db, ORDERS).await;
     let before = tracked(&registry, "orders").await;
     run(&db, "CREATE TABLE lines (id int); SELECT tidewire.track('lines')").await;
@@ -112,7 +113,7 @@ async fn a_refresh_brings_new_tables_and_forgets_old_ones() {
 #[tokio::test]
 async fn a_table_is_known_before_its_events_are_routed() {
     let db = database().await;
-    let registry = Registry::new(node_database(&db));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     let tables: Vec<Arc<str>> = vec!["public.orders".into(), "event:x".into(), "public.gone".into()];
     registry.acquaint(&tables).await.unwrap();
     assert!(registry.cached("public.orders").is_none());
@@ -129,7 +130,7 @@ async fn a_table_is_known_before_its_events_are_routed() {
 #[tokio::test]
 async fn many_who_ask_at_once_share_few_queries() {
     let db = database().await;
-    let registry = Arc::new(Registry::new(node_database(&db)));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     run(&db, ORDERS).await;
     let asking: Vec<_> = (0..200)
         .map(|number| {
@@ -147,7 +148,7 @@ async fn many_who_ask_at_once_share_few_queries() {
 #[tokio::test]
 async fn a_partition_is_not_tracked_itself() {
     let db = database().await;
-    let registry = Registry::new(node_database(&db));
+    let registry = Arc::new(Registry::new(node_database(&db), Lifecycle::new()));
     run(
         &db,
         "CREATE TABLE parted (id int PRIMARY KEY) PARTITION BY RANGE (id);

@@ -1,13 +1,15 @@
 //! Whether a cursor is a position of this log, and from where its events come.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
-use super::{NotStarted, PATIENCE, RETRY, gone};
+use super::{NotStarted, RETRY, gone};
 use crate::cursor::{Cursor, EpochFault, Epochs, Seq};
 use crate::hub::Edge;
+use crate::lifecycle::Lifecycle;
 use crate::log::read;
 use crate::mutant::{self, Mutant};
 use crate::postgres::rounds::Rounds;
@@ -17,10 +19,12 @@ use crate::protocol::message::{ResyncReason, Source};
 use crate::session::Context;
 use crate::session::machine::unavailable;
 
+/// Between two looks whether this node is current, which no edge tells.
+const CURRENT_POLL: Duration = Duration::from_millis(50);
+
 /// Waits until this node knows where the log is.
-pub(super) async fn settled(context: &Context) -> Result<Edge, WireError> {
+pub(super) async fn settled(context: &Context, until: Instant) -> Result<Edge, WireError> {
     let mut edges = context.hub.watch_edge();
-    let until = Instant::now() + PATIENCE;
     loop {
         let edge = *edges.borrow_and_update();
         // Current: this node has met the log's end since it last had reason to doubt, a pause of the process included.
@@ -30,20 +34,26 @@ pub(super) async fn settled(context: &Context) -> Result<Edge, WireError> {
         if Instant::now() >= until {
             return Err(unavailable("this node does not know the log's state"));
         }
-        let _ = tokio::time::timeout(RETRY / 4, edges.changed()).await;
+        let _ = tokio::time::timeout(CURRENT_POLL, edges.changed()).await;
     }
 }
 
 /// Whether the log continues after `cursor`, and from where it is read.
-pub(super) async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Result<(Source, u64), NotStarted> {
+pub(super) async fn resume(
+    context: &Context,
+    cursor: Cursor,
+    edge: Edge,
+    until: Instant,
+) -> Result<(Source, u64), NotStarted> {
     let mut edge = edge;
     // Or of an epoch that this node has not heard of yet.
     let unknown = context.hub.epochs().admit(&cursor) == Err(EpochFault::Unknown);
     if unknown || cursor.seq > edge.deliverable.seq {
-        edge = after_reconcile(context, &cursor).await?;
+        edge = after_reconcile(context, &cursor, until).await?;
     }
     if !mutant::is(Mutant::DivergedNotTold) {
-        admit(context, cursor, edge).await?;
+        let admitted = timeout_at(until, admit(context, cursor, edge)).await;
+        admitted.unwrap_or_else(|_| Err(unavailable("the log cannot be read").into()))?;
     }
     let memory = cursor.seq >= context.hub.ring_base();
     let source = match memory {
@@ -56,12 +66,11 @@ pub(super) async fn resume(context: &Context, cursor: Cursor, edge: Edge) -> Res
 
 /// The oldest position that lies between transactions, and from where its events come. Retention may take it away while it is
 /// being checked: then the next one.
-pub(super) async fn oldest(context: &Context) -> Result<(Cursor, Source, u64), NotStarted> {
-    let until = Instant::now() + PATIENCE;
+pub(super) async fn oldest(context: &Context, until: Instant) -> Result<(Cursor, Source, u64), NotStarted> {
     loop {
-        let edge = settled(context).await?;
+        let edge = settled(context, until).await?;
         if let Some(cursor) = context.hub.oldest() {
-            match resume(context, cursor, edge).await {
+            match resume(context, cursor, edge, until).await {
                 Ok((source, generation)) => return Ok((cursor, source, generation)),
                 Err(NotStarted::Resync(_)) => {}
                 Err(refused) => return Err(refused),
@@ -145,30 +154,32 @@ pub struct LogEnd(Rounds<(), Option<(Seq, Epochs)>>);
 
 /// Between two such questions of a node.
 const LOG_END_PAUSE: Duration = Duration::from_millis(20);
-
-impl Default for LogEnd {
-    fn default() -> Self {
-        Self(Rounds::new(LOG_END_PAUSE))
-    }
-}
+/// Longest wait for each of its two answers.
+const LOG_END_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl LogEnd {
+    /// Nobody has asked yet.
+    #[must_use]
+    pub fn new(lifecycle: Lifecycle) -> Self {
+        Self(Rounds::new(lifecycle, LOG_END_PAUSE, 1))
+    }
+
     async fn ask(&self, context: &Context) -> Option<(Seq, Epochs)> {
-        let question = async |_| {
-            context.follower.reconcile();
-            let pool = context.database.clients();
-            let bounds = within(RETRY * 5, read::bounds(&pool)).await.ok()?;
-            let (epochs, _) = within(RETRY * 5, crate::log::incarnation::epochs(&pool)).await.ok()?;
+        let (follower, database) = (context.follower.clone(), Arc::clone(&context.database));
+        let question = async move |_| {
+            follower.reconcile();
+            let pool = database.clients();
+            let bounds = within(LOG_END_TIMEOUT, read::bounds(&pool)).await.ok()?;
+            let (epochs, _) = within(LOG_END_TIMEOUT, crate::log::incarnation::epochs(&pool)).await.ok()?;
             Some((bounds.newest, epochs))
         };
-        self.0.ask((), question).await
+        self.0.ask((), question).await.flatten()
     }
 }
 
 /// Asks the follower for the log's end and waits until this node has reached the cursor, or knows that the log has not, or
 /// has lost it. A new epoch alone says none of that: the node may have heard of it and not have read on yet.
-async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, WireError> {
-    let until = Instant::now() + PATIENCE;
+async fn after_reconcile(context: &Context, cursor: &Cursor, until: Instant) -> Result<Edge, WireError> {
     let mut edges = context.hub.watch_edge();
     loop {
         let edge = *edges.borrow_and_update();
@@ -180,7 +191,7 @@ async fn after_reconcile(context: &Context, cursor: &Cursor) -> Result<Edge, Wir
             _ => {}
         }
         // The truth is asked apart from the follower: only the log's own end can say that the cursor lies beyond it.
-        if let Some((newest, epochs)) = context.log_end.ask(context).await {
+        if let Ok(Some((newest, epochs))) = timeout_at(until, context.log_end.ask(context)).await {
             let same = epochs == known;
             let nowhere = admitted == Err(EpochFault::Unknown) || newest < cursor.seq;
             let edge = context.hub.edge();
