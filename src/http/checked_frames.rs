@@ -1,4 +1,7 @@
 //! A connection whose incoming frames' heads are checked before the WebSocket library sees them.
+//!
+//! The library gives whole messages, however many frames they came in: those are counted here, and no more are read until
+//! the session has taken note of them ([`Pieces`]).
 
 use std::io;
 use std::pin::Pin;
@@ -7,6 +10,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::protocol::framing::{Framing, HeadFault};
+use crate::session::socket::Pieces;
 
 /// Reads fail with a [`HeadFault`] inside the error, after every frame that came before the bad one.
 #[derive(Debug)]
@@ -14,12 +18,13 @@ pub(super) struct CheckedFrames<S> {
     inner: S,
     framing: Framing,
     fault: Option<HeadFault>,
+    pieces: Pieces,
 }
 
 impl<S> CheckedFrames<S> {
     /// A connection at the beginning of a frame.
-    pub(super) fn new(inner: S) -> Self {
-        Self { inner, framing: Framing::default(), fault: None }
+    pub(super) fn new(inner: S, pieces: Pieces) -> Self {
+        Self { inner, framing: Framing::default(), fault: None, pieces }
     }
 }
 
@@ -27,12 +32,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for CheckedFrames<S> {
     fn poll_read(self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buffer.filled().len();
+        if this.pieces.are_many() {
+            // Polled again at once, by a session that takes note of them first.
+            task.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if this.fault.is_none() {
             std::task::ready!(Pin::new(&mut this.inner).poll_read(task, buffer))?;
             if let Err((fault, good)) = this.framing.check(&buffer.filled()[before..]) {
                 buffer.set_filled(before + good);
                 this.fault = Some(fault);
             }
+            this.pieces.add(this.framing.take_continuations());
         }
         match this.fault {
             Some(fault) if buffer.filled().len() == before => {

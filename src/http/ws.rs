@@ -19,6 +19,7 @@ use crate::http::problem::Problem;
 use crate::http::query::Query;
 use crate::protocol::close::CloseCode;
 use crate::session::live::Session;
+use crate::session::socket::Pieces;
 use crate::session::{Context, socket};
 
 /// Allocated for each connection at once; clients send little.
@@ -60,24 +61,25 @@ pub async fn upgrade(
                 return;
             }
         };
-        let socket = socket(&context, upgraded).await;
+        let pieces = Pieces::default();
+        let socket = socket(&context, upgraded, pieces.clone()).await;
         if other_version {
             return close_version(socket).await;
         }
         let session = Session::new(Arc::clone(&context), admitted, true);
-        socket::serve(context, socket, session).await;
+        socket::serve(context, socket, session, pieces).await;
     });
     Ok(response)
 }
 
-async fn socket(context: &Context, upgraded: Upgraded) -> Socket {
+async fn socket(context: &Context, upgraded: Upgraded, pieces: Pieces) -> Socket {
     let message_bytes = Some(context.options.limits.message_bytes);
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_message_size(message_bytes)
         .max_frame_size(message_bytes);
-    let frames = CheckedFrames::new(TokioIo::new(upgraded));
+    let frames = CheckedFrames::new(TokioIo::new(upgraded), pieces);
     WebSocketStream::from_raw_socket(frames, Role::Server, Some(config)).await
 }
 

@@ -44,15 +44,21 @@ enum At {
 #[derive(Clone, Copy, Debug)]
 pub struct Framing {
     at: At,
+    continuations: u32,
 }
 
 impl Default for Framing {
     fn default() -> Self {
-        Self { at: At::First }
+        Self { at: At::First, continuations: 0 }
     }
 }
 
 impl Framing {
+    /// Continuation frames that began since this was last asked.
+    pub fn take_continuations(&mut self) -> u32 {
+        std::mem::take(&mut self.continuations)
+    }
+
     /// Looks at the next bytes of the connection.
     ///
     /// # Errors
@@ -70,6 +76,7 @@ impl Framing {
             }
             if matches!(self.at, At::First) {
                 frame = index;
+                self.continuations = self.continuations.saturating_add(u32::from(byte & 0x0f == CONTINUATION));
             }
             self.at = next(self.at, byte).map_err(|fault| (fault, frame))?;
             if let At::Payload { left: 0 } = self.at {
@@ -80,6 +87,9 @@ impl Framing {
         Ok(())
     }
 }
+
+/// The opcode of what continues a message.
+const CONTINUATION: u8 = 0x0;
 
 /// The place after one byte of a head.
 fn next(at: At, byte: u8) -> Result<At, HeadFault> {
@@ -195,6 +205,17 @@ mod tests {
         let whole = [frames, controls].concat();
         for piece in [1, 2, 3, 7, 1_024, whole.len()] {
             assert_eq!(check(&whole, piece), Ok(()));
+        }
+    }
+
+    #[test]
+    fn continuations_are_counted_and_nothing_else() {
+        let whole =
+            [frame(0x01, 5), frame(0x00, 0), frame(0x89, 0), frame(0x00, 300), frame(0x80, 1), frame(0x81, 0)].concat();
+        for piece in [1, 2, 7, whole.len()] {
+            let mut framing = Framing::default();
+            whole.chunks(piece).for_each(|part| framing.check(part).unwrap());
+            assert_eq!((framing.take_continuations(), framing.take_continuations()), (3, 0));
         }
     }
 

@@ -206,6 +206,17 @@ impl Session {
         self.machine.close(code);
     }
 
+    /// The client has left: nothing can be said to it any more. What serves it is let go of at once, whatever its transport still
+    /// has to write.
+    pub fn leave(&mut self) {
+        self.machine.close(CloseCode::Normal);
+        while let Some(output) = self.machine.poll() {
+            if matches!(output, Output::Close(_)) {
+                self.act(output);
+            }
+        }
+    }
+
     /// Says what is wrong and ends the connection.
     pub fn refuse(&mut self, error: WireError, code: CloseCode) {
         self.machine.refuse(error, code);

@@ -183,7 +183,8 @@ impl Machine {
     fn spend(&mut self, now: Instant) {
         let rate = f64::from(self.limits.messages_per_s.max(1));
         let refill = now.saturating_duration_since(self.tokens_at).as_secs_f64() * rate;
-        self.tokens = (self.tokens + refill).min(BURST) - 1.0;
+        // A debt is at most what the time to insist pays.
+        self.tokens = ((self.tokens + refill).min(BURST) - 1.0).max(-rate * INSISTENCE.as_secs_f64());
         self.tokens_at = now;
         if self.tokens >= BURST / 2.0 {
             self.limited_since = None;

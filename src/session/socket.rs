@@ -6,6 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
@@ -26,15 +27,39 @@ use crate::session::live::{Emit, Session};
 
 /// Answers that wait for a client that does not read them; with more, it is not read either.
 const MAX_BACKLOG: usize = 64;
-/// Time for the client to answer our close frame.
+/// Continuation frames that are read before they are counted: no more than the burst of messages that a client may send at once.
+const MAX_PIECES: u32 = 50;
+/// Time for the client to answer our close frame, or to take what is on its way to it after its own.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Frames that one poll writes before other tasks of the thread get their turn.
 const EMITS_A_POLL: usize = 64;
 /// And bytes of events: a thousand of them may have been rendered for this client alone, which takes milliseconds.
 const BYTES_A_POLL: usize = 256 << 10;
 
-/// Serves one WebSocket to its end.
-pub async fn serve<S>(context: Arc<Context>, socket: WebSocketStream<S>, session: Session)
+/// Frames of a client that continue a message, counted by whoever reads its bytes and taken note of by its session: a message
+/// in a thousand pieces is as much work as a thousand messages.
+#[derive(Clone, Debug, Default)]
+pub struct Pieces(Arc<AtomicU32>);
+
+impl Pieces {
+    /// So many more.
+    pub fn add(&self, count: u32) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Whether the session is to take note of them before more is read.
+    #[must_use]
+    pub fn are_many(&self) -> bool {
+        self.0.load(Ordering::Relaxed) >= MAX_PIECES
+    }
+
+    fn take(&self) -> u32 {
+        self.0.swap(0, Ordering::Relaxed)
+    }
+}
+
+/// Serves one WebSocket to its end. `pieces` are those of the client's bytes.
+pub async fn serve<S>(context: Arc<Context>, socket: WebSocketStream<S>, session: Session, pieces: Pieces)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -45,6 +70,7 @@ where
     let served = Served {
         socket,
         session,
+        pieces,
         slow_after: context.options.slow_after,
         blocked_since: None,
         slow_timer: None,
@@ -68,11 +94,12 @@ where
 struct Served<S> {
     socket: WebSocketStream<S>,
     session: Session,
+    pieces: Pieces,
     slow_after: Duration,
     blocked_since: Option<Instant>,
     slow_timer: Option<Pin<Box<tokio::time::Sleep>>>,
     pause: Option<Pin<Box<tokio::time::Sleep>>>,
-    // The close frame is out; until then we wait for the client's.
+    // A close frame is out or has come; until then we wait for the other.
     closing: Option<Pin<Box<tokio::time::Sleep>>>,
     // Why: it accepted nothing for too long.
     slow: bool,
@@ -125,8 +152,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
             if self.session.backlog() > 0 && self.poll_feed(task) {
                 return true;
             }
-            match Pin::new(&mut self.socket).poll_next(task) {
-                Poll::Pending => return false,
+            let read = Pin::new(&mut self.socket).poll_next(task);
+            let pieces = self.pieces.take();
+            (0..pieces).for_each(|_| self.session.control());
+            match read {
+                Poll::Pending if pieces == 0 => return false,
+                // They count, though they are no message yet.
+                Poll::Pending => {}
                 Poll::Ready(None) => return true,
                 Poll::Ready(Some(Err(error))) => {
                     if !self.fault(&error) {
@@ -149,7 +181,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
                         // The library answers it; the stream ends once that is out.
                         Message::Close(_) => {
                             self.left = true;
-                            self.session.close(CloseCode::Normal);
+                            self.session.leave();
+                            self.closing.get_or_insert_with(|| Box::pin(tokio::time::sleep(CLOSE_TIMEOUT)));
                         }
                         // Only ever written.
                         Message::Frame(_) => {}

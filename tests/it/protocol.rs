@@ -10,6 +10,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 
 use crate::support::cluster::TestCluster;
 use crate::support::eventually;
+use crate::support::raw::{Raw, frame, text};
 use crate::support::wire::{Heard, Wire};
 
 async fn one(edit: impl Fn(&mut Settings)) -> TestCluster {
@@ -331,6 +332,34 @@ async fn who_insists_above_the_rate_gets_4013() {
     assert_eq!((code, &error["code"]), (4013, &json!("rate_limited")));
 }
 
+/// Found in review: the frames that continue a message were read without end.
+#[tokio::test]
+async fn pieces_of_messages_count_as_messages() {
+    const RATE: u32 = 40;
+    const PIECES: usize = 90;
+    let cluster = one(|settings| settings.messages_per_s = Some(RATE)).await;
+    let bearer = format!("Bearer {}", cluster.key);
+    let mut raw = Raw::connect(cluster.node(0).address(), "/v1/ws", &[("authorization", &bearer)]).await;
+    assert_eq!(raw.json().await["type"], "welcome");
+    let pieces = frame(0x00, b"").repeat(PIECES);
+    let began = Instant::now();
+    raw.send(
+        &[frame(0x01, br#"{"type":"ping","#), pieces, frame(0x80, br#""t":1}"#), text(r#"{"type":"ping"}"#)].concat(),
+    )
+    .await;
+    assert_eq!(raw.json().await["t"], 1);
+    assert_eq!(raw.json().await["type"], "pong");
+    // 50 at once, the rest at the rate.
+    assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
+
+    // A message that never ends.
+    let cluster = one(|settings| settings.messages_per_s = Some(2)).await;
+    let bearer = format!("Bearer {}", cluster.key);
+    let mut raw = Raw::connect(cluster.node(0).address(), "/v1/ws", &[("authorization", &bearer)]).await;
+    raw.send(&[frame(0x01, b""), frame(0x00, b"").repeat(1_000)].concat()).await;
+    assert_eq!(raw.closed().await, 4013);
+}
+
 #[tokio::test]
 async fn sync_answers_when_everything_of_the_transaction_has_been_sent() {
     let cluster = one(|settings| settings.progress_ms = Some(60_000)).await;
@@ -363,7 +392,7 @@ async fn sync_answers_when_everything_of_the_transaction_has_been_sent() {
     wire.say(json!({"type": "sync", "tx": nothing})).await;
     assert_eq!(wire.expect("synced").await["tx"], nothing);
 
-    for tx in ["9000000000", "-1", "x", "", "0", "99999999999999999999"] {
+    for tx in ["9000000000", "-1", "+7", "7 ", "0x7", "7e0", "٧", "x", "", "0", "99999999999999999999"] {
         wire.say(json!({"type": "sync", "tx": tx})).await;
         assert_eq!(wire.error().await.0, "bad_message", "{tx}");
     }

@@ -23,7 +23,9 @@ pub(super) struct Sync {
 impl Machine {
     pub(super) fn sync(&mut self, now: Instant, tx: String, timeout_ms: Option<u64>) {
         // Postgres's xid8 is 64 bits; ids below 3 are its own.
-        let Some(xid) = tx.parse::<u64>().ok().filter(|xid| *xid >= 3 && *xid <= i64::MAX.cast_unsigned()) else {
+        let is_decimal = tx.bytes().all(|byte| byte.is_ascii_digit());
+        let xid = tx.parse::<u64>().ok().filter(|xid| is_decimal && *xid >= 3 && *xid <= i64::MAX.cast_unsigned());
+        let Some(xid) = xid else {
             let what = "sync's tx is the decimal text of pg_current_xact_id()";
             self.sync_error(tx, WireError::never(ErrorCode::BadMessage, what));
             return;
