@@ -18,6 +18,8 @@ use crate::backoff::Backoff;
 /// Rung when a tracked table may have changed, or which tables are tracked.
 pub const SCHEMA_CHANNEL: &str = "tidewire_schema";
 
+/// How long a connection that listens may take: to find the primary, then to connect to it.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(6);
 /// Longest wait between attempts to connect.
 const RECONNECT_CAP: Duration = Duration::from_secs(1);
 const RECONNECT_BASE: Duration = Duration::from_millis(50);
@@ -132,7 +134,7 @@ impl<'a> Listener<'a> {
             Ok(live)
         };
         let timed_out = |_| ConnectError::Unreachable(super::timed_out());
-        tokio::time::timeout(super::CONNECT_TIMEOUT * 2, open).await.map_err(timed_out)?
+        tokio::time::timeout(OPEN_TIMEOUT, open).await.map_err(timed_out)?
     }
 }
 

@@ -32,6 +32,8 @@ pub use identity::{Identity, Incarnation};
 
 /// How long one connection attempt may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long all hosts together may take: they are asked at once, and each is given up after [`CONNECT_TIMEOUT`].
+const FIND_TIMEOUT: Duration = Duration::from_secs(6);
 /// How long the other hosts may take once one has answered that it is a primary.
 const OTHERS_PATIENCE: Duration = Duration::from_millis(250);
 /// The same while nothing is known that would tell an old primary from the true one; less than a follower's statement may take.
@@ -183,7 +185,7 @@ impl Database {
         let mut best: Option<(PgConnection, Incarnation, &PgConnectOptions)> = None;
         let mut failure = ConnectError::OnlyStandbys;
         let mut standby = false;
-        let mut patience = std::pin::pin!(tokio::time::sleep(CONNECT_TIMEOUT * 2));
+        let mut patience = std::pin::pin!(tokio::time::sleep(FIND_TIMEOUT));
         loop {
             let next = tokio::select! {
                 next = tries.next() => next,

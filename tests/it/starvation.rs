@@ -9,19 +9,31 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use crate::support::cluster::{TestCluster, TestNode};
 use crate::support::http::ask;
 use crate::support::wire::{Heard, Wire};
+use crate::support::{answered, eventually};
 
-/// Inserts rows one by one for a while; each must reach the bystander soon, and the node must stay ready.
-async fn goes_on(cluster: &TestCluster, bystander: &mut Wire, ids: std::ops::Range<i64>, what: &str) {
-    let node = cluster.node(0);
+/// So much later than a node that nobody asks anything may one be that many ask. Less than the shortest time for which a question
+/// that hangs keeps what it has.
+const LATER: Duration = Duration::from_secs(2);
+
+/// Inserts rows one by one; each must reach the bystander on the first node about when it reaches the control connection on the
+/// second, and the first must stay ready.
+async fn goes_on(cluster: &TestCluster, [bystander, control]: &mut [Wire; 2], ids: std::ops::Range<i64>, what: &str) {
     for id in ids {
         cluster.insert("orders", id..=id).await;
         let began = Instant::now();
-        let events = bystander.find("events").await;
-        assert_eq!(events["events"][0]["key"]["id"], id, "{what}");
-        assert!(began.elapsed() < Duration::from_secs(2), "{what}: {:?}", began.elapsed());
-        assert!(node.is_ready(), "{what}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        let timed = async |wire: &mut Wire| {
+            let events = wire.find("events").await;
+            assert_eq!(events["events"][0]["key"]["id"], id, "{what}");
+            began.elapsed()
+        };
+        let (here, there) = tokio::join!(timed(bystander), timed(control));
+        assert!(here < there + LATER, "{what}: {here:?}, elsewhere {there:?}");
+        assert!(cluster.node(0).is_ready(), "{what}");
     }
+}
+
+async fn bystanders(cluster: &TestCluster) -> [Wire; 2] {
+    [bystander(cluster.node(0)).await, bystander(cluster.node(1)).await]
 }
 
 async fn bystander(node: &TestNode) -> Wire {
@@ -61,9 +73,9 @@ async fn question(kind: &'static str, url: String, address: std::net::SocketAddr
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn questions_of_clients_that_hang_keep_nobody_else_waiting() {
     for (kind, table) in QUESTIONS {
-        let cluster = TestCluster::with(1, |settings| settings.pool_size = Some(2)).await;
+        let cluster = TestCluster::with(2, |settings| settings.pool_size = Some(2)).await;
         let node = cluster.node(0);
-        let mut bystander = bystander(node).await;
+        let mut bystanders = bystanders(&cluster).await;
         let mut holder = cluster.pool.begin().await.unwrap();
         let lock = format!("LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
         sqlx::query(sqlx::AssertSqlSafe(lock)).execute(&mut *holder).await.unwrap();
@@ -73,7 +85,10 @@ async fn questions_of_clients_that_hang_keep_nobody_else_waiting() {
                 tokio::spawn(question(kind, url, address, key, number))
             })
             .collect();
-        goes_on(&cluster, &mut bystander, 1..40, kind).await;
+        let hanging = "SELECT count(*)::text FROM pg_stat_activity
+                       WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        answered("a question hangs", async || (cluster.text(hanging).await != "0").then_some(())).await;
+        goes_on(&cluster, &mut bystanders, 1..40, kind).await;
         holder.rollback().await.unwrap();
         asking.into_iter().for_each(|task| task.abort());
     }
@@ -83,9 +98,9 @@ const SYNCING: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn syncs_that_wait_are_one_question_however_many_they_are() {
-    let cluster = TestCluster::with(1, |settings| settings.pool_size = Some(2)).await;
+    let cluster = TestCluster::with(2, |settings| settings.pool_size = Some(2)).await;
     let node = cluster.node(0);
-    let mut bystander = bystander(node).await;
+    let mut bystanders = bystanders(&cluster).await;
     let mut open = cluster.pool.begin().await.unwrap();
     let tx: String = sqlx::query_scalar("SELECT pg_current_xact_id()::text").fetch_one(&mut *open).await.unwrap();
     let mut wires = Vec::new();
@@ -96,7 +111,9 @@ async fn syncs_that_wait_are_one_question_however_many_they_are() {
         wires.push(wire);
     }
     let (began, before) = (Instant::now(), node.metrics().sync_queries_total.get());
-    goes_on(&cluster, &mut bystander, 1..30, "sync").await;
+    goes_on(&cluster, &mut bystanders, 1..30, "sync").await;
+    eventually("they are asked about", || node.metrics().sync_queries_total.get() > before + 30).await;
+    goes_on(&cluster, &mut bystanders, 30..40, "sync").await;
     let (asked, waiting) = (node.metrics().sync_queries_total.get() - before, node.metrics().syncs_waiting.get());
     assert_eq!(waiting, i64::try_from(SYNCING * 16).unwrap());
     // Every 10 ms at most, whoever waits.
