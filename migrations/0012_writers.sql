@@ -429,7 +429,10 @@ BEGIN
                -- A statement's rows are not only the table's own where tables inherit from it, and statements on a table that it
                -- inherits from do not fire its statement triggers.
                (options ->> 'bulk')::boolean AND (relkind = 'p' OR NOT EXISTS (
-                   SELECT FROM pg_inherits WHERE inhparent = relation OR inhrelid = relation)) AS bulk,
+                   SELECT FROM pg_inherits WHERE inhparent = relation OR inhrelid = relation))
+                   -- Nor do statements show what they change in a foreign partition: Postgres refuses them.
+                   AND NOT EXISTS (
+                       SELECT FROM pg_partition_tree(relation) p JOIN pg_class c ON c.oid = p.relid WHERE c.relkind = 'f') AS bulk,
                (options ->> 'deferred')::boolean AS deferred
         FROM pg_class,
             LATERAL (SELECT tidewire.bound_columns(relation, options, 'key') AS keys,
@@ -454,9 +457,11 @@ BEGIN
     family AS (
         SELECT relation AS target, true AS root, false AS leaf
         UNION ALL
-        SELECT relid, false, isleaf AND relkind = 'r'
+        SELECT relid, false,
+               -- Foreign tables have TRUNCATE triggers since Postgres 16.
+               isleaf AND (relkind = 'r' OR current_setting('server_version_num')::int >= 160000)
         FROM pg_partition_tree(relation) JOIN pg_class c ON c.oid = relid
-        WHERE relid <> relation AND relkind IN ('r', 'p')),
+        WHERE relid <> relation AND relkind IN ('r', 'p', 'f')),
     wanted (target, name, function, timing, level) AS (
         SELECT target, v.name || coalesce(options ->> 'tag', ''), 'tidewire.capture()'::regprocedure, v.timing, v.level
         FROM given, family, (VALUES

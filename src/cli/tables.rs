@@ -78,7 +78,7 @@ pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
 pub async fn tracked_tables(pool: &PgPool) -> Result<Vec<TrackedTable>, sqlx::Error> {
     sqlx::query_as(
         "SELECT coalesce(tidewire.table_text(t.relid), t.table_name) AS table, t.key_columns AS key,
-                coalesce((o.options -> 'primary')::boolean, false) AS primary, t.columns,
+                coalesce((coalesce(o.options, t.fingerprint -> 'options') -> 'primary')::boolean, false) AS primary, t.columns,
                 t.except_columns AS except, t.before_image, t.bulk, t.deferred, t.replica,
                 CASE WHEN t.notify THEN tidewire.notify_channel(t.relid) END AS channel,
                 CASE WHEN c.oid IS NULL THEN ARRAY['dropped: the leader takes it off the list']

@@ -40,6 +40,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (10, "tracking", include_str!("../../migrations/0010_tracking.sql")),
     (11, "relay", include_str!("../../migrations/0011_relay.sql")),
     (12, "writers", include_str!("../../migrations/0012_writers.sql")),
+    (13, "tracking", include_str!("../../migrations/0013_tracking.sql")),
 ];
 
 /// What [`migrate`] did.

@@ -26,6 +26,9 @@ pub struct Fingerprint {
     /// Those of them that may have brought rows when they were attached, by OID.
     #[serde(default)]
     pub attached: Vec<String>,
+    /// What ties each partition to the root, by OID: another text after every ATTACH.
+    #[serde(default)]
+    pub links: BTreeMap<String, String>,
     /// Where Postgres keeps the rows of the table and its partitions, by OID: another number after every rewrite.
     #[serde(default)]
     pub storage: BTreeMap<String, i64>,
@@ -35,6 +38,9 @@ pub struct Fingerprint {
     /// What the columns' enums and composite types consist of, by the column's number: labels or members, by OID or number.
     #[serde(default)]
     pub types: BTreeMap<i16, BTreeMap<String, String>>,
+    /// The same, and what they consist of in turn, by the path to it; a column that is missing was not looked at.
+    #[serde(default)]
+    pub parts: BTreeMap<i16, BTreeMap<String, String>>,
     /// The options of `tidewire.track()`; None: not looked at, or the triggers that carry them are gone.
     #[serde(default)]
     pub options: Option<Value>,
@@ -111,21 +117,7 @@ pub fn changes(was: &Fingerprint, now: &Fingerprint) -> Vec<Change> {
     if was.row_security != now.row_security {
         found.push(Change::moved("row_security", was.row_security, now.row_security));
     }
-    let attached = &now.attached;
-    if let (Some(was), Some(now)) = (&was.leaves, &now.leaves) {
-        let gone = was.iter().filter(|(oid, _)| !now.contains_key(*oid));
-        found.extend(gone.map(|(_, name)| Change {
-            from: Some(name.as_str().into()),
-            message: Some("its rows left the table without an event for each".to_owned()),
-            ..Change::new("detach_partition")
-        }));
-        let come = now.iter().filter(|(oid, _)| !was.contains_key(*oid) && attached.contains(oid));
-        found.extend(come.map(|(_, name)| Change {
-            to: Some(name.as_str().into()),
-            message: Some("rows that it already had came into the table without an event for each".to_owned()),
-            ..Change::new("attach_partition")
-        }));
-    }
+    partition_changes(was, now, &mut found);
     if now.faults.iter().any(|fault| !was.faults.contains(fault)) {
         let message = format!("changes are not captured: {}", now.faults.join("; "));
         found.push(Change { message: Some(message), ..Change::new("capture_broken") });
@@ -134,6 +126,28 @@ pub fn changes(was: &Fingerprint, now: &Fingerprint) -> Vec<Change> {
         found.push(Change { message: Some(message), ..Change::new("capture_restored") });
     }
     found
+}
+
+/// Where event triggers tell these at once, the fingerprint has them already.
+fn partition_changes(was: &Fingerprint, now: &Fingerprint, found: &mut Vec<Change>) {
+    let attached = &now.attached;
+    // It left and came back between two looks: what happened to its rows meanwhile is not in the log.
+    let relinked =
+        |oid: &String| was.links.get(oid).is_some_and(|link| now.links.get(oid).is_some_and(|now| now != link));
+    if let (Some(was), Some(now)) = (&was.leaves, &now.leaves) {
+        let gone = was.iter().filter(|(oid, _)| !now.contains_key(*oid) || relinked(oid));
+        found.extend(gone.map(|(_, name)| Change {
+            from: Some(name.as_str().into()),
+            message: Some("its rows left the table without an event for each".to_owned()),
+            ..Change::new("detach_partition")
+        }));
+        let come = now.iter().filter(|(oid, _)| attached.contains(oid) && (!was.contains_key(*oid) || relinked(oid)));
+        found.extend(come.map(|(_, name)| Change {
+            to: Some(name.as_str().into()),
+            message: Some("rows that it already had came into the table without an event for each".to_owned()),
+            ..Change::new("attach_partition")
+        }));
+    }
 }
 
 fn column_changes(was: &Fingerprint, now: &Fingerprint, found: &mut Vec<Change>) {
@@ -157,7 +171,8 @@ fn column_changes(was: &Fingerprint, now: &Fingerprint, found: &mut Vec<Change>)
             let message = Some("its values were rewritten without an event for each row".to_owned());
             found.push(Change { message, ..altered }.of(&new.name, &new.of_type));
         }
-        if let (Some(before), Some(after)) = (was.types.get(&old.attnum), now.types.get(&old.attnum))
+        let nested = was.parts.get(&old.attnum).zip(now.parts.get(&old.attnum));
+        if let Some((before, after)) = nested.or_else(|| was.types.get(&old.attnum).zip(now.types.get(&old.attnum)))
             && old.type_oid == new.type_oid
             && before != after
         {
@@ -189,13 +204,19 @@ fn key_changed(was: &Fingerprint, now: &Fingerprint) -> bool {
     }
 }
 
-/// The options as they were asked for: where the key follows the primary key, the key is not among them.
+/// The options as they were asked for: where the key follows the primary key, the key is not among them. A key that lost a
+/// column was asked for all the same.
 fn wish(options: &Value) -> Value {
     let mut options = options.clone();
     if let Some(members) = options.as_object_mut()
         && members.get("primary") == Some(&Value::Bool(true))
     {
         members.remove("key");
+    }
+    if let Some(members) = options.as_object_mut()
+        && let Some(asked) = members.remove("key_gone")
+    {
+        members.insert("key".to_owned(), asked);
     }
     options
 }
@@ -306,6 +327,57 @@ mod tests {
             (came.len(), &came[0]["kind"], &came[0]["to"]),
             (1, &json!("attach_partition"), &json!("public.p3"))
         );
+    }
+
+    #[test]
+    fn a_partition_that_left_and_came_back_is_told_as_both() {
+        let mut was = base();
+        was["links"] = json!({"10": "700", "11": "700"});
+        let told = |links: Value, attached: Value| -> Vec<Value> {
+            let mut now = base();
+            (now["links"], now["attached"]) = (links, attached);
+            let read = |value: &Value| serde_json::from_value::<Fingerprint>(value.clone()).unwrap();
+            changes(&read(&was), &read(&now)).into_iter().map(|change| json!(change.kind)).collect()
+        };
+        let again = json!({"10": "701", "11": "700"});
+        assert_eq!(told(again.clone(), json!(["10", "11"])), ["detach_partition", "attach_partition"]);
+        assert_eq!(told(again.clone(), json!(["11"])), ["detach_partition"], "it came back empty");
+        assert!(told(was["links"].clone(), json!(["10"])).is_empty());
+        // A look of an older release knew no links.
+        was.as_object_mut().unwrap().remove("links");
+        let read = |value: &Value| serde_json::from_value::<Fingerprint>(value.clone()).unwrap();
+        let mut now = base();
+        now["links"] = again;
+        assert!(changes(&read(&was), &read(&now)).is_empty());
+    }
+
+    #[test]
+    fn a_key_that_loses_a_column_is_told_as_none() {
+        let mut was = base();
+        (was["key"], was["options"]) = (json!(["id", "a"]), json!({"key": [1, 2]}));
+        let mut now = base();
+        (now["key"], now["options"]) = (Value::Null, json!({"key_gone": [1, 2]}));
+        let read = |value: Value| serde_json::from_value::<Fingerprint>(value).unwrap();
+        let found = changes(&read(was), &read(now));
+        assert_eq!(serde_json::to_value(&found).unwrap(), json!([{"kind": "key", "from": ["id", "a"], "to": null}]));
+    }
+
+    #[test]
+    fn a_change_deep_inside_a_type_is_told() {
+        let told = |was: Option<&str>| -> Vec<Value> {
+            let mut before = base();
+            if let Some(label) = was {
+                before["parts"] = json!({"2": {".1": "x mood", ".1#50": label}});
+            }
+            let mut now = base();
+            now["parts"] = json!({"2": {".1": "x mood", ".1#50": "new"}});
+            let read = |value: Value| serde_json::from_value::<Fingerprint>(value).unwrap();
+            let found = changes(&read(before), &read(now));
+            found.into_iter().map(|change| serde_json::to_value(change).unwrap()).collect()
+        };
+        assert_eq!(told(Some("old"))[0]["kind"], "alter_type");
+        assert!(told(Some("new")).is_empty());
+        assert!(told(None).is_empty(), "a look of an older release saw no parts");
     }
 
     #[test]

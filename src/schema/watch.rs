@@ -124,9 +124,12 @@ type Faults = BTreeMap<String, Vec<String>>;
 
 /// Repairs, and says what is wrong: by name for people, by OID what keeps changes from being captured at all.
 async fn refresh(connection: &mut PgConnection) -> Result<(Faults, BTreeMap<u32, Vec<String>>), sqlx::Error> {
-    let rows = sqlx::query("SELECT relid, table_name, problem, detail FROM tidewire.refresh_tracked()")
-        .fetch_all(connection)
-        .await?;
+    let rows = sqlx::query(
+        "SELECT relid, tidewire.shown_name(table_name) AS table_name, problem, tidewire.shown_name(detail) AS detail
+         FROM tidewire.refresh_tracked()",
+    )
+    .fetch_all(connection)
+    .await?;
     let (mut faults, mut broken) = (Faults::new(), BTreeMap::<u32, Vec<String>>::new());
     for row in rows {
         let (relid, table): (Oid, String) = (row.try_get("relid")?, row.try_get("table_name")?);
@@ -157,7 +160,8 @@ async fn forget_dropped(connection: &mut PgConnection) -> Result<usize, sqlx::Er
 }
 
 // $1 {"<oid>": ["<fault>"]}. Compared on the server: mostly nothing has changed, and the relay's thread has better things to
-// do than to read hundreds of fingerprints.
+// do than to read hundreds of fingerprints. What has no form in UTF-8 cannot be read, and costs its own table alone: its events
+// are sent as omitted, so that nobody takes them for whole.
 const CHANGED: &str = "
     SELECT t.relid, t.fingerprint::text AS was, present.fingerprint::text AS now
     FROM tidewire.tracked_tables t
@@ -165,6 +169,7 @@ const CHANGED: &str = "
         SELECT tidewire.table_look(t.relid)
                || jsonb_build_object('faults', coalesce($1::jsonb -> t.relid::text, '[]')) AS fingerprint) AS present
     WHERE present.fingerprint IS NOT NULL AND t.fingerprint IS DISTINCT FROM present.fingerprint
+        AND (getdatabaseencoding() = 'UTF8' OR tidewire.utf8_bytes(concat(t.fingerprint, present.fingerprint)) IS NOT NULL)
     ORDER BY t.relid";
 
 /// Writes what changed, if nobody else has. True: an event was written.
@@ -183,9 +188,12 @@ async fn note(connection: &mut PgConnection, relid: Oid, was: Option<&str>, now:
     }
     let table = former.map_or(present.name, |former| former.name);
     let written = sqlx::query(
-        "WITH noted AS (
+        // Who alters the table's partitions holds its row until the commit: the next look sees what came of it.
+        "WITH free AS (
+            SELECT relid FROM tidewire.tracked_tables WHERE relid = $1 FOR UPDATE SKIP LOCKED),
+         noted AS (
             UPDATE tidewire.tracked_tables SET fingerprint = $2
-            WHERE relid = $1 AND fingerprint IS NOT DISTINCT FROM $3::jsonb AND fingerprint IS DISTINCT FROM $2
+            WHERE relid = (SELECT relid FROM free) AND fingerprint IS NOT DISTINCT FROM $3::jsonb AND fingerprint IS DISTINCT FROM $2
             RETURNING relid)
          INSERT INTO tidewire.outbox (table_name, operation, after_data)
          SELECT $4, 'SCHEMA', $5::json FROM noted WHERE $5::json IS NOT NULL",

@@ -11,6 +11,7 @@ use tidewire::dev::postgres::PrivateServer;
 use tidewire::postgres::Database;
 use tidewire::postgres::migrate::{MigrationError, migrate};
 
+use crate::support::answered;
 use crate::support::client::key_of;
 use crate::support::cluster::TestCluster;
 use crate::support::postgres::own_server;
@@ -156,4 +157,12 @@ async fn names_that_are_not_utf8_cost_nobody_but_their_table() {
     let mut later = cluster.node(0).client("orders").await;
     cluster.insert("orders", 10..=10).await;
     later.expect_keys([10]).await;
+    // Found in review: the leader could not look at any table any more.
+    cluster.run("ALTER TABLE columns ADD COLUMN extra int; ALTER TABLE orders ADD COLUMN extra int").await;
+    answered("the SCHEMA event of another table", async || {
+        let told =
+            "SELECT count(*)::text FROM tidewire.event_log WHERE operation = 'SCHEMA' AND table_name = 'public.orders'";
+        (cluster.text(told).await == "1").then_some(())
+    })
+    .await;
 }

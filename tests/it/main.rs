@@ -8,6 +8,7 @@
 
 mod access;
 mod auth;
+mod busy;
 mod capture;
 mod capture_binding;
 mod capture_writes;
@@ -33,6 +34,7 @@ mod left;
 mod limits;
 mod listen;
 mod locks;
+mod looks;
 mod migrations;
 mod neighbour;
 mod oldest;

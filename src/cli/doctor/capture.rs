@@ -30,7 +30,8 @@ GRANT EXECUTE ON FUNCTION tidewire.name_text(text), tidewire.table_text(oid), ti
     tidewire.is_tracked_root(oid, jsonb), tidewire.bound_columns(oid, jsonb, text), tidewire.carried_columns(oid, jsonb),
     tidewire.select_list(text, text[]), tidewire.image_statement(text[]), tidewire.reason_to_omit(text, bigint),
     tidewire.rendered_slowly(anyelement, text, text, text), tidewire.small_key(json),
-    tidewire.to_pinned_json(anyelement), tidewire.rendered_change(text, text, record, record, record, record) TO tidewire_capture;
+    tidewire.to_pinned_json(anyelement), tidewire.rendered_change(text, text, record, record, record, record),
+    tidewire.are_bound(oid, int2[], text[]), tidewire.warn_of_omission(text, text) TO tidewire_capture;
 ALTER FUNCTION tidewire.capture() OWNER TO tidewire_capture;
 ALTER FUNCTION tidewire.capture_bulk() OWNER TO tidewire_capture;";
 
@@ -46,7 +47,8 @@ const RIGHTS: &str = "
                     AND f.proname IN ('name_text', 'table_text', 'key_of', 'column_names', 'options_of', 'picked',
                                       'still_named', 'context_headers', 'root_of', 'is_tracked_root', 'bound_columns',
                                       'carried_columns', 'select_list', 'image_statement', 'reason_to_omit',
-                                      'rendered_slowly', 'small_key', 'rendered_change', 'to_pinned_json')) AS may,
+                                      'rendered_slowly', 'small_key', 'rendered_change', 'to_pinned_json',
+                                      'are_bound', 'warn_of_omission')) AS may,
            r.rolsuper OR has_table_privilege(r.oid, c.oid, 'SELECT, UPDATE, DELETE')
            OR EXISTS (SELECT FROM pg_catalog.pg_auth_members m WHERE m.member = r.oid) AS more
     FROM pg_catalog.pg_proc p
@@ -199,6 +201,8 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         "SELECT tidewire.table_text(c.oid) AS name, c.relpersistence = 'u' AS unlogged, c.relrowsecurity AS secured,
                 c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = c.oid) AS inherited,
                 t.key_columns IS NULL AS keyless,
+                (SELECT string_agg(gone ->> 'name', ', ' ORDER BY position)
+                 FROM jsonb_array_elements(tidewire.tracked_options(c.oid) -> 'key_gone') WITH ORDINALITY AS t (gone, position)) AS key_gone,
                 tidewire.key_problem(c.oid, t.key_columns) AS key_problem,
                 t.bulk AND c.relkind = 'p' AND NOT EXISTS (
                     SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'tidewire_attach' AND evtenabled <> 'D') AS late,
@@ -222,6 +226,12 @@ async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
         }
         if let Some(problem) = row.try_get::<Option<String>, _>("key_problem")? {
             findings.push(Finding::warning("tables", format!("{name}: {problem}")));
+        }
+        if let Some(key) = row.try_get::<Option<String>, _>("key_gone")? {
+            let what =
+                format!("{name} was tracked with the key ({key}), of which a column is gone: its events have no key");
+            let remedy = "-- track it again with the key => that tells its rows apart".to_owned();
+            findings.push(Finding::warning("tables", what).run(remedy));
         }
         if row.try_get("late")? {
             let what = "is captured in bulk, and there are no event triggers here: what is written into a new partition before the \
