@@ -89,6 +89,7 @@ BEGIN
             operations := '{DELETE,INSERT}';
         END IF;
     END IF;
+    -- (`n` could be a column, `n.*` is the row; but in a SELECT list that would be its columns.)
     -- Few rows are rendered by statements that are planned once a session: to compose and plan one costs half a millisecond. They
     -- are held until all are known to be well, up to half of what is carried; in a block that writes nothing, which is free.
     IF cardinality(operations) = 1 AND TG_ARGV[0] ~ 'n' AND TG_ARGV[0] !~ '[ix]'
@@ -99,11 +100,11 @@ BEGIN
             IF TG_OP = 'INSERT' THEN
                 SELECT count(*), array_agg(after), array_agg(tidewire.key_of(after, keys)), sum(octet_length(after::text))
                 INTO touched, afters, row_keys, bytes
-                FROM (SELECT to_json(n) AS after FROM new_rows AS n LIMIT 101) AS changes;
+                FROM (SELECT to_json(n.*) AS after FROM new_rows AS n LIMIT 101) AS changes;
             ELSIF TG_OP = 'DELETE' THEN
                 SELECT count(*), array_agg(before), array_agg(tidewire.key_of(before, keys)), sum(octet_length(before::text))
                 INTO touched, befores, row_keys, bytes
-                FROM (SELECT to_json(o) AS before FROM old_rows AS o LIMIT 101) AS changes;
+                FROM (SELECT to_json(o.*) AS before FROM old_rows AS o LIMIT 101) AS changes;
             ELSE
                 SELECT count(*), array_agg(before ORDER BY nth) FILTER (WHERE changed), array_agg(after ORDER BY nth) FILTER (WHERE changed),
                        array_agg(tidewire.key_of(before, keys) ORDER BY nth) FILTER (WHERE changed),
@@ -111,8 +112,8 @@ BEGIN
                        sum(octet_length(before::text) + octet_length(after::text))
                 INTO touched, befores, afters, old_keys, row_keys, bytes
                 FROM (SELECT nth, to_json(old_row) AS before, to_json(new_row) AS after, old_row *<> new_row AS changed
-                      FROM (SELECT row_number() OVER () AS nth, o AS old_row FROM old_rows AS o LIMIT 101) AS o
-                      JOIN (SELECT row_number() OVER () AS nth, n AS new_row FROM new_rows AS n LIMIT 101) AS n USING (nth)
+                      FROM (SELECT row_number() OVER () AS nth, coalesce(o.*) AS old_row FROM old_rows AS o LIMIT 101) AS o
+                      JOIN (SELECT row_number() OVER () AS nth, coalesce(n.*) AS new_row FROM new_rows AS n LIMIT 101) AS n USING (nth)
                       OFFSET 0) AS changes;
             END IF;
             direct := touched <= 100 AND coalesce(bytes, 0) <= 134217728;
@@ -125,11 +126,11 @@ BEGIN
         touched := 1;
         BEGIN
             IF TG_OP = 'INSERT' THEN
-                SELECT count(*), max(pg_column_size(n)) INTO touched FROM new_rows AS n;
+                SELECT count(*), max(pg_column_size(n.*)) INTO touched FROM new_rows AS n;
             ELSE
-                SELECT count(*), max(pg_column_size(o)) INTO touched FROM old_rows AS o;
+                SELECT count(*), max(pg_column_size(o.*)) INTO touched FROM old_rows AS o;
                 IF TG_OP = 'UPDATE' THEN
-                    PERFORM max(pg_column_size(n)) FROM new_rows AS n;
+                    PERFORM max(pg_column_size(n.*)) FROM new_rows AS n;
                 END IF;
             END IF;
         EXCEPTION

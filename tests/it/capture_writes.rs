@@ -175,7 +175,8 @@ async fn a_stored_row_that_no_value_can_hold_is_written_and_omitted() {
 async fn few_rows_and_many_are_told_alike_in_bulk() {
     for key in ["id", "id, \"!\"", "\"!\", id"] {
         let database = database_with(&format!(
-            "CREATE TABLE t (id int, \"!\" text, \"!!\" json, \"'); --\" text, PRIMARY KEY ({key})); SELECT tidewire.track('t', bulk => true)"
+            "CREATE TABLE t (id int, \"!\" text, \"!!\" json, \"'); --\" text, n int, o int, old_row int, nth int,
+                PRIMARY KEY ({key})); SELECT tidewire.track('t', bulk => true)"
         ))
         .await;
         let mut lines = Vec::new();
@@ -191,6 +192,10 @@ async fn few_rows_and_many_are_told_alike_in_bulk() {
             lines.push(captured(&database.pool).await);
         }
         let (few, many) = (&lines[0], &lines[1]);
+        assert!(
+            few.iter().all(|line| line.contains(r#""n":null,"o":null,"old_row":null,"nth":null}"#)),
+            "{key}: {few:#?}"
+        );
         assert_eq!((few.len(), many.len()), (350, 354), "{key}");
         let missing: Vec<_> = few.iter().filter(|line| !many.contains(line)).collect();
         assert!(missing.is_empty(), "{key}: {missing:#?}");
