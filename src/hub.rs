@@ -27,6 +27,7 @@ pub mod ring;
 pub mod routes;
 pub mod shape;
 mod tap;
+mod thread_time;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +38,7 @@ use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
 use self::beginning::Beginning;
-use self::dispatch::{Dispatched, Outcome, dispatch};
+use self::dispatch::{Call, Dispatched, Outcome, dispatch};
 use self::kept::Kept;
 use self::look::Look;
 pub use self::tap::Tap;
@@ -52,7 +53,7 @@ use crate::telemetry::metrics::{Metrics, gauge};
 
 /// Events that one pull looks at, so that a session that catches up shares its thread.
 const PULL_EVENTS: usize = 1_000;
-/// Events of one table and batch that are routed between two looks at the clock; bounds the time routes are locked.
+/// Events that are handed to the groups in one call, under the routes' lock; with [`dispatch`]'s bounds it is soon let go of.
 const DISPATCH_EVENTS: usize = 2_000;
 /// Events of one look in a thread, bytes: it and its reader hold them until its turn comes.
 const LOOK_BYTES: usize = 1 << 20;
@@ -376,14 +377,15 @@ impl Hub {
             }
             // All of a call together may be half of what is kept: the other half is what was there.
             let render_bytes = self.options.frames_bytes / 2;
-            let dispatched = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes, render_bytes);
-            let mut news = Vec::with_capacity(dispatched.len());
-            for Dispatched { group, outcome, ended } in dispatched {
+            let Call { groups, end } = dispatch(&routes, &whole, &epochs, end, self.options.frame_bytes, render_bytes);
+            let mut news = Vec::with_capacity(groups.len());
+            for Dispatched { group, outcome, ended } in groups {
                 match outcome {
                     Outcome::Frames(frames) if frames.is_empty() => {}
                     Outcome::Frames(frames) => self.publish(&group, frames),
                     Outcome::PassedOver => {
-                        group.pass_over(ended.as_ref().map_or(end.seq, |ended| ended.seq));
+                        let through = ended.as_ref().map_or(end.seq, |ended| ended.seq);
+                        group.pass_over(edge.deliverable.seq, through);
                         self.metrics.filters_passed_over_total.inc();
                     }
                 }
@@ -482,7 +484,7 @@ impl Hub {
             return Some(Pull::Dear(Box::new(Look::new(self, group, whole, place))));
         }
         let mut look = Look::new(self, group, whole, place);
-        // Later frames are rendered again by later pulls: those who catch up are few, and memory stays bounded.
+        // The rest is for later pulls: memory stays bounded.
         Some(look.finish())
     }
 }

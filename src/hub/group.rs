@@ -4,9 +4,9 @@
 //! them reads the ring, then the log, by its own position; nothing is queued for anyone.
 //!
 //! A group may be passed over ([`Group::pass_over`]): what it would have got of some events is too dear to be found out
-//! where everybody waits. Its frames are then gone and its floor stands behind those events, so that each of its readers
-//! is `Behind` and looks at the events itself, until it comes to the floor and takes frames again. What one of them finds
-//! is kept for the others, who stand at the same position ([`Group::found`]).
+//! where everybody waits. There are then no frames of those events, so that each of its readers that comes to them is
+//! `Behind` and looks at the events itself, until it is past them and takes frames again. What one of them finds is kept
+//! for the others, who stand at the same position ([`Group::found`]).
 
 mod assembly;
 mod frame;
@@ -31,8 +31,11 @@ use crate::protocol::message::ResyncReason;
 
 /// Memory of the frames that a group keeps for those a little behind, bytes.
 pub const GROUP_BYTES: usize = 1 << 20;
-/// Answers that readers at their own pace keep for those beside them: these are one or two positions apart.
-const KEPT_ANSWERS: usize = 4;
+/// Answers that readers at their own pace keep for those beside them. What a group was passed over for is some ten frames,
+/// which its fastest reader goes through before the slowest begins.
+const KEPT_ANSWERS: usize = 32;
+/// Memory of these, bytes: as much as of frames, one frame at least.
+const ANSWER_BYTES: usize = GROUP_BYTES;
 /// Tables that a glob's memory of plans may hold; beyond, it is begun anew.
 const MAX_REMEMBERED_PLANS: usize = 10_000;
 
@@ -124,8 +127,11 @@ impl Signal {
 struct Live {
     frames: VecDeque<Arc<Frame>>,
     bytes: usize,
-    // Everything that matches after this position is in `frames`.
+    // Everything that matches after this position is in `frames`, but for what `passed_over` says.
     floor: Seq,
+    // The newest stretch that the group was passed over for, after the first and through the second position. There is no
+    // frame of it; older ones are from before, newer ones from after it.
+    passed_over: (Seq, Seq),
     // What readers at their own pace have found, oldest first.
     found: VecDeque<(Place, Found)>,
     listeners: Vec<Arc<Signal>>,
@@ -141,6 +147,8 @@ pub enum Found {
     Frame(Arc<Frame>),
     /// Nothing up to this position.
     Nothing(Cursor),
+    /// The transaction that comes next, up to here at least, takes longer than any may.
+    TooExpensive(Seq),
 }
 
 impl Found {
@@ -148,6 +156,14 @@ impl Found {
         match self {
             Self::Frame(frame) => frame.through,
             Self::Nothing(cursor) => cursor.seq,
+            Self::TooExpensive(seq) => *seq,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Frame(frame) => frame.body.len(),
+            Self::Nothing(_) | Self::TooExpensive(_) => 0,
         }
     }
 }
@@ -202,7 +218,8 @@ impl Group {
     #[must_use]
     pub fn new(key: Arc<str>, plans: Plans, floor: Seq) -> Self {
         let (frames, found) = (VecDeque::new(), VecDeque::new());
-        let live = Mutex::new(Live { frames, bytes: 0, floor, found, listeners: Vec::new() });
+        let passed_over = (floor, floor);
+        let live = Mutex::new(Live { frames, bytes: 0, floor, passed_over, found, listeners: Vec::new() });
         let (turns, newest, ended) = (Turns::new(()), AtomicU64::new(floor), OnceLock::new());
         Self { key, plans, turns, live, newest, ended }
     }
@@ -247,7 +264,10 @@ impl Group {
             return Held::Behind;
         }
         let index = live.frames.partition_point(|frame| frame.through <= after);
+        let (_, through) = live.passed_over;
         match live.frames.get(index) {
+            Some(frame) if frame.first > through && after < through => Held::Behind,
+            None if after < through => Held::Behind,
             None => Held::Nothing,
             Some(frame) if frame.first > after => Held::Frame(Arc::clone(frame)),
             Some(_) => Held::Behind,
@@ -269,13 +289,21 @@ impl Group {
         }
     }
 
-    /// It has nothing of the events up to `through`: its readers look at them themselves. Wakes nobody, as
-    /// [`Group::publish`].
-    pub fn pass_over(&self, through: Seq) {
+    /// It has nothing of the events after `after` and through `through`: its readers look at them themselves. Those who are
+    /// further back still find the frames from before. Wakes nobody, as [`Group::publish`].
+    pub fn pass_over(&self, after: Seq, through: Seq) {
         let mut live = self.live.lock();
-        live.frames.clear();
-        live.bytes = 0;
-        live.floor = live.floor.max(through);
+        let (begin, end) = live.passed_over;
+        if end < after {
+            // One stretch is remembered: what lies behind the one before goes.
+            while live.frames.front().is_some_and(|frame| frame.through <= end) {
+                live.let_go_of_oldest();
+            }
+            live.floor = live.floor.max(end);
+            live.passed_over = (after, through);
+        } else {
+            live.passed_over = (begin, through.max(end));
+        }
         self.newest.fetch_max(through, Ordering::AcqRel);
     }
 
@@ -285,18 +313,26 @@ impl Group {
         self.live.lock().found.iter().find(|(at, _)| *at == place).map(|(_, found)| found.clone())
     }
 
+    /// How many listen.
+    #[must_use]
+    pub fn listeners(&self) -> usize {
+        self.live.lock().listeners.len()
+    }
+
     /// Keeps what was found at `place` for others who come there, if there are others.
     pub fn keep(&self, place: Place, found: Found, kept: &Arc<AtomicUsize>) {
         let mut live = self.live.lock();
-        if live.listeners.len() < 2 {
+        if live.listeners.len() < 2 || live.found.iter().any(|(at, _)| *at == place) {
             return;
         }
         if let Found::Frame(frame) = &found {
             frame.count(kept);
         }
         live.found.push_back((place, found));
-        if live.found.len() > KEPT_ANSWERS {
-            live.found.pop_front();
+        let mut bytes: usize = live.found.iter().map(|(_, found)| found.bytes()).sum();
+        while live.found.len() > KEPT_ANSWERS || bytes > ANSWER_BYTES && live.found.len() > 1 {
+            let Some((_, old)) = live.found.pop_front() else { break };
+            bytes -= old.bytes();
         }
     }
 
@@ -317,7 +353,7 @@ impl Group {
         live.frames.clear();
         live.found.clear();
         live.bytes = 0;
-        live.floor = floor;
+        (live.floor, live.passed_over) = (floor, (floor, floor));
         self.newest.store(floor, Ordering::Release);
         self.plans.forget();
     }

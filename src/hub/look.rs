@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use super::group::{Assembly, Ended, FRAME_TARGET_BYTES, Found, Frame, Group, Place, Span};
 use super::plan::Opened;
 use super::ring::Whole;
+use super::thread_time::ThreadTime;
 use super::{Hub, Pull};
 use crate::event::Event;
 
@@ -20,7 +21,7 @@ use crate::event::Event;
 const TASK_COST: usize = 4 << 20;
 /// One turn of a thread. After it others get theirs, and a look that stands between transactions says what it has.
 const SLICE: Duration = Duration::from_millis(50);
-/// Thread time for one transaction, which is told whole or not at all; beyond, it is too expensive. A condition of the
+/// Processor time for one transaction, which is told whole or not at all; beyond, it is too expensive. A condition of the
 /// greatest length takes some seconds for a row of 8 MB, unless it is made to be slow.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(10);
 
@@ -62,6 +63,7 @@ pub struct Look {
     span: Span,
     assembly: Assembly,
     spent: Duration,
+    limit: Duration,
 }
 
 /// What a slice has come to.
@@ -81,17 +83,18 @@ impl Look {
     pub(super) fn new(hub: &Arc<Hub>, group: &Arc<Group>, whole: Whole, place: Place) -> Self {
         let epochs = hub.epochs.read().clone();
         let (hub, group, span) = (Arc::clone(hub), Arc::clone(group), Span::new(epochs));
-        Self { hub, group, whole, place, next: 0, span, assembly: Assembly::default(), spent: Duration::ZERO }
+        let (assembly, spent) = (Assembly::default(), Duration::ZERO);
+        Self { hub, group, whole, place, next: 0, span, assembly, spent, limit: TRANSACTION_LIMIT }
     }
 
-    /// Looks in a thread, slice after slice, each of which waits for its turn among all of the node. Gives the thread time
-    /// that it took; none where another reader of the group had the answer. It must be polled whatever its asker waits for,
+    /// Looks in a thread, slice after slice, each of which waits for its turn among all of the node. Gives the processor
+    /// time that it took; none where another reader of the group had the answer. It must be polled whatever its asker waits for,
     /// since others of the group may wait for it; it ends soon after `gone` is set.
     pub async fn run(mut self: Box<Self>, gone: Arc<AtomicBool>) -> (Worked, Duration) {
         let (hub, group) = (Arc::clone(&self.hub), Arc::clone(&self.group));
         let _turn = group.turns.lock().await;
-        if let Some(pull) = self.known() {
-            return (Worked::Done(pull), Duration::ZERO);
+        if let Some(worked) = self.known() {
+            return (worked, Duration::ZERO);
         }
         let mut took = Duration::ZERO;
         loop {
@@ -102,9 +105,9 @@ impl Look {
             let cancelled = Arc::clone(&gone);
             let slice = tokio::task::spawn_blocking(move || {
                 let _permit = permit;
-                let began = Instant::now();
+                let time = ThreadTime::begin();
                 let worked = self.work(&cancelled);
-                (self, worked, began.elapsed())
+                (self, worked, time.elapsed())
             });
             let Ok((look, worked, time)) = slice.await else { return (Worked::Cancelled, took + SLICE) };
             self = look;
@@ -116,19 +119,23 @@ impl Look {
         }
     }
 
-    /// The answer, if another reader of the group has found it.
-    fn known(&self) -> Option<Pull> {
-        let pull = match self.group.found(self.place)? {
-            Found::Frame(frame) => Pull::Frame(frame),
-            Found::Nothing(cursor) => Pull::Nothing(cursor),
-        };
-        Some(pull)
+    /// What another reader of the group has come to.
+    fn known(&self) -> Option<Worked> {
+        Some(match self.group.found(self.place)? {
+            Found::Frame(frame) => Worked::Done(Pull::Frame(frame)),
+            Found::Nothing(cursor) => Worked::Done(Pull::Nothing(cursor)),
+            Found::TooExpensive(_) => Worked::TooExpensive,
+        })
     }
 
-    /// Looks at everything, here and now.
+    /// Looks at everything, here and now, unless another reader of the group has.
     pub(super) fn finish(&mut self) -> Pull {
+        if let Some(Worked::Done(pull)) = self.known() {
+            return pull;
+        }
         loop {
             if let Some(pull) = self.step(None) {
+                self.keep(&pull);
                 return pull;
             }
         }
@@ -136,15 +143,17 @@ impl Look {
 
     /// Works for one slice; a condition that takes long is left as soon as `cancelled`. Blocks its thread.
     pub(super) fn work(&mut self, cancelled: &AtomicBool) -> Worked {
-        let began = Instant::now();
-        let spent = self.spent;
-        let over = move || cancelled.load(Ordering::Relaxed) || spent + began.elapsed() > TRANSACTION_LIMIT;
+        let (began, time) = (Instant::now(), ThreadTime::begin());
+        let left = self.limit.saturating_sub(self.spent);
+        let over = move || cancelled.load(Ordering::Relaxed) || time.exceeds(left);
         loop {
             let answer = self.step(Some(&over));
             if cancelled.load(Ordering::Relaxed) {
                 return Worked::Cancelled;
             }
             if over() {
+                let seq = self.whole.events.get(self.next).map_or(self.place.1, |event| event.seq);
+                self.group.keep(self.place, Found::TooExpensive(seq), self.hub.kept.counter());
                 return Worked::TooExpensive;
             }
             if let Some(pull) = answer {
@@ -159,7 +168,7 @@ impl Look {
                 self.keep(&pull);
                 return Worked::Done(pull);
             }
-            self.spent += began.elapsed();
+            self.spent += time.elapsed();
             return Worked::More;
         }
     }
@@ -167,7 +176,7 @@ impl Look {
     /// As [`Look::run`], without threads.
     #[cfg(test)]
     pub(super) fn at_once(mut self) -> Pull {
-        if let Some(pull) = self.known() {
+        if let Some(Worked::Done(pull)) = self.known() {
             return pull;
         }
         loop {
@@ -177,6 +186,12 @@ impl Look {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    /// As if a transaction might take no longer than this.
+    #[cfg(test)]
+    pub(super) fn limit(&mut self, limit: Duration) {
+        self.limit = limit;
     }
 
     fn keep(&self, pull: &Pull) {

@@ -1,5 +1,6 @@
 //! The hub's end of subscriptions that a schema change breaks, and its positions inside transactions.
 
+mod busy;
 mod model;
 
 use std::collections::HashMap;

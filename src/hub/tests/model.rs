@@ -190,7 +190,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn hub_of(ring_bytes: usize, frame_bytes: usize, frames_bytes: usize) -> Arc<Hub> {
+pub(super) fn hub_of(ring_bytes: usize, frame_bytes: usize, frames_bytes: usize) -> Arc<Hub> {
     let options = HubOptions { ring_window: Duration::from_secs(300), ring_bytes, frame_bytes, frames_bytes };
     let hub = Arc::new(Hub::new(options, Arc::new(Metrics::new().unwrap())));
     hub.restart(0, None, None, Epochs::new(vec![crate::cursor::EpochStart { epoch: 1, start_seq: 0 }]));
