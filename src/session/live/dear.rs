@@ -20,7 +20,7 @@ use crate::protocol::error::{ErrorCode, WireError};
 const SHARE: f64 = 0.25;
 /// Seconds of thread time that may come at once after a quiet time.
 const BURST: f64 = 1.0;
-/// A subscription that is over the budget this long without coming nearer to the log's end has no prospect.
+/// A subscription that has waited this long for the budget, in all, without coming nearer to the log's end has no prospect.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection's thread time.
@@ -44,6 +44,11 @@ impl Budget {
         (self.left < 0.0).then(|| Duration::from_secs_f64(-self.left / SHARE))
     }
 
+    /// Whether a whole burst is there: for some seconds it was not the budget that anybody waited for.
+    fn is_full(&self) -> bool {
+        self.left >= BURST
+    }
+
     fn spend(&mut self, time: Duration) {
         self.left -= time.as_secs_f64();
     }
@@ -52,21 +57,19 @@ impl Budget {
 /// A subscription that waits because its connection is over the budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Over {
-    since: Instant,
-    // Events that it was behind by then.
+    // For the budget alone: neither what its client takes nor a pause of the process counts.
+    waited: Duration,
+    // Events that it was behind when that began.
     behind: Seq,
-    /// Its position was in the ring.
-    pub(super) in_ring: bool,
 }
 
 impl Over {
-    /// Where it stands after another wait; None: it has no prospect.
-    fn again(before: Option<Self>, now: Instant, behind: Seq, in_ring: bool) -> Option<Self> {
-        let fresh = Self { since: now, behind, in_ring };
+    /// Where it stands with another wait; None: it has no prospect.
+    fn again(before: Option<Self>, wait: Duration, behind: Seq) -> Option<Self> {
         match before {
-            Some(over) if now.saturating_duration_since(over.since) < PATIENCE => Some(over),
+            Some(over) if over.waited < PATIENCE => Some(Self { waited: over.waited + wait, ..over }),
             Some(over) if behind >= over.behind => None,
-            _ => Some(fresh),
+            _ => Some(Self { waited: wait, behind }),
         }
     }
 }
@@ -74,23 +77,19 @@ impl Over {
 impl Session {
     /// What comes next for this place is dear to find out.
     pub(super) fn look(&mut self, index: usize, look: Box<Look>, now: Instant) -> Step {
-        let (newest, base) = (self.context.hub.edge().deliverable.seq, self.context.hub.ring_base());
-        // The others of this connection have their turn before this one has another.
-        self.turn = (index + 1) % self.places.len().max(1);
+        let (newest, count) = (self.context.hub.edge().deliverable.seq, self.places.len().max(1));
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
         place.dear = true;
         if self.looking {
             return Step::Nothing;
         }
-        self.looking = true;
         if let Some(wait) = self.budget.wait(now) {
-            let behind = newest.saturating_sub(place.passed);
-            place.over = Over::again(place.over, now, behind, place.passed >= base);
+            place.over = Over::again(place.over, wait, newest.saturating_sub(place.passed));
             if place.over.is_none() {
-                self.looking = false;
-                return self
-                    .too_expensive(index, "it has been over this connection's share for a minute and falls behind");
+                let why = "it has waited for this connection's share for a minute in all, and falls behind";
+                return self.too_expensive(index, why);
             }
+            self.looking = true;
             // Whoever waits holds no memory.
             place.page = None;
             self.context.metrics.filter_waits_total.inc();
@@ -100,7 +99,14 @@ impl Session {
             }));
             return Step::Begun;
         }
-        place.reading = true;
+        if self.budget.is_full() {
+            // Whatever it is late by now, it is not by waiting for the budget.
+            place.over = None;
+        }
+        (self.looking, place.reading) = (true, true);
+        // The others of this connection have their turn before this one has another. (Not after a wait: it is this one that
+        // waited.)
+        self.turn = (index + 1) % count;
         let (id, group, generation) = (Arc::clone(&place.id), Arc::clone(place.tap.group()), place.generation);
         // In a task of its own: a session whose client does not read is not polled, and others may wait for this look.
         let (asker, (sender, receiver)) = (Asker::default(), oneshot::channel());
@@ -176,14 +182,23 @@ mod tests {
     }
 
     #[test]
-    fn only_one_who_falls_behind_for_a_minute_has_no_prospect() {
+    fn only_one_who_falls_behind_in_a_minute_of_waiting_has_no_prospect() {
+        let seconds = Duration::from_secs;
+        let first = Over::again(None, seconds(30), 100);
+        let second = Over::again(first, seconds(30), 1_000);
+        assert_eq!(second, Some(Over { waited: seconds(60), behind: 100 }), "not over a minute yet");
+        assert_eq!(Over::again(second, seconds(1), 100), None);
+        let nearer = Over::again(second, seconds(1), 99);
+        assert_eq!(nearer, Some(Over { waited: seconds(1), behind: 99 }));
+    }
+
+    /// Found in review: a clock on the wall counted a client that does not read, and a process that was stopped.
+    #[test]
+    fn a_burst_that_nobody_used_says_that_the_budget_was_not_waited_for() {
         let start = Instant::now();
-        let later = |seconds| start + Duration::from_secs(seconds);
-        let first = Over::again(None, start, 100, true);
-        assert_eq!(Over::again(first, later(59), 1_000, true), first, "not a minute yet");
-        assert_eq!(Over::again(first, later(60), 100, true), None);
-        let nearer = Over::again(first, later(60), 99, true);
-        assert_eq!(nearer, Some(Over { since: later(60), behind: 99, in_ring: true }));
-        assert_eq!(Over::again(nearer, later(120), 99, true), None);
+        let mut budget = Budget::new(start);
+        budget.spend(Duration::from_secs(3));
+        assert!(budget.wait(start + Duration::from_secs(8)).is_none() && !budget.is_full(), "just paid");
+        assert!(budget.wait(start + Duration::from_secs(12)).is_none() && budget.is_full(), "left alone for a while");
     }
 }

@@ -25,9 +25,10 @@ impl Session {
     /// What comes next for any subscription, in turns.
     pub(super) fn next_events(&mut self, task: &TaskContext<'_>) -> Next {
         let mut skips = 0;
-        let count = self.places.len();
+        // A look that begins moves the turn: this round goes on from where it began, or it would pass over somebody.
+        let (begin, count) = (self.turn, self.places.len());
         for offset in 0..count {
-            let index = (self.turn + offset) % count;
+            let index = (begin + offset) % count;
             loop {
                 match self.next_of(index) {
                     Step::Emit(emit) => {
@@ -99,9 +100,6 @@ impl Session {
             Pull::Log if mutant::is(Mutant::HistoryIsSkipped) => {
                 place.passed = edge.deliverable.seq;
                 Step::Skipped
-            }
-            Pull::Log if place.over.is_some_and(|over| over.in_ring) => {
-                self.too_expensive(index, "over this connection's share, it has fallen out of the node's memory")
             }
             Pull::Log => {
                 self.read_log(index, edge);
