@@ -21,8 +21,9 @@ use crate::mutant::{self, Mutant};
 
 /// Copying is this much faster than reading byte for byte.
 const COPY_SPEED: usize = 8;
-/// Above this, in bytes read, it pays to look how long the columns are that a condition reads.
-const EXACT_FROM: usize = 32 << 10;
+/// Above this, in bytes read, it pays to look how long the columns are that a condition reads. Below, a whole call of such
+/// events is within what one group may cost.
+const EXACT_FROM: usize = 4 << 10;
 
 /// One table's part of a subscription.
 #[derive(Clone, Debug)]
@@ -113,6 +114,9 @@ impl TablePlan {
     /// As [`TablePlan::cost`], by the event's size alone.
     #[must_use]
     pub fn bound(&self, event: &Event) -> PlanCost {
+        if event.operation != Operation::Schema && !self.ops.contains(OpSet::of(event.operation)) {
+            return PlanCost { conditions: 0, rendering: 0 };
+        }
         let bytes = event.body.len();
         let rendering = if self.shows_all_columns() { bytes / COPY_SPEED } else { bytes };
         PlanCost { conditions: self.conditions(|filter| filter.cost().bound(bytes)), rendering }

@@ -11,9 +11,7 @@ use crate::event::Event;
 use crate::event::row::Row;
 use crate::filter::{RowImage, decode};
 
-/// Texts that an image keeps decoded; of more, the others are decoded again.
-const KEPT_TEXTS: usize = 8;
-/// Shorter texts are decoded sooner than they are found again, bytes.
+/// Shorter texts that need no decoding are scanned sooner than they are found again, bytes.
 const KEPT_FROM_BYTES: usize = 256;
 
 /// Says whether what is going on is to end.
@@ -118,16 +116,17 @@ impl RowImage for Image<'_> {
     }
 }
 
-/// Long texts, decoded.
+/// Texts, decoded: every one that takes more than a glance. Together they are at most twice as large as their row.
 #[derive(Debug, Default)]
-pub(super) struct Texts([OnceCell<Kept>; KEPT_TEXTS]);
+pub(super) struct Texts(OnceCell<Box<Kept>>);
 
+/// A node of a tree by the bits of where the texts lie, so that it is found in some steps however many they are.
 #[derive(Debug)]
 struct Kept {
-    // Where the raw text lies; it does not move while its row is borrowed.
-    address: usize,
-    folded: bool,
+    // The address of the raw text, which does not move while its row is borrowed, and whether it is folded.
+    name: u64,
     text: Text,
+    others: [OnceCell<Box<Kept>>; 4],
 }
 
 #[derive(Debug)]
@@ -141,28 +140,74 @@ enum Text {
 
 impl Texts {
     pub(super) fn get<'a>(&'a self, raw: &'a str, folded: bool) -> Option<Cow<'a, str>> {
-        if raw.len() < KEPT_FROM_BYTES {
+        if raw.len() < KEPT_FROM_BYTES && is_plain(raw, folded) {
             return decode(raw, folded);
         }
-        let address = raw.as_ptr().addr();
-        for slot in &self.0 {
-            let kept = slot.get_or_init(|| {
-                let text = match decode(raw, folded) {
-                    Some(Cow::Borrowed(_)) => Text::Plain,
-                    Some(Cow::Owned(text)) => Text::Decoded(text),
-                    None => Text::Bad,
-                };
-                Kept { address, folded, text }
-            });
-            if kept.address != address || kept.folded != folded {
-                continue;
+        let name = (raw.as_ptr().addr() as u64) << 1 | u64::from(folded);
+        // Odd, so that unequal names stay unequal, and their first bits differ.
+        let mut path = name.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut slot = &self.0;
+        loop {
+            let kept = slot.get_or_init(|| Box::new(Kept::decode(name, raw, folded)));
+            if kept.name == name {
+                return kept.text(raw);
             }
-            return match &kept.text {
-                Text::Plain => raw.get(1..raw.len() - 1).map(Cow::Borrowed),
-                Text::Decoded(text) => Some(Cow::Borrowed(text)),
-                Text::Bad => None,
-            };
+            path = path.rotate_left(2);
+            slot = &kept.others[(path & 3) as usize];
         }
-        decode(raw, folded)
+    }
+}
+
+/// Whether it is as it is between its quotes.
+fn is_plain(raw: &str, folded: bool) -> bool {
+    memchr::memchr(b'\\', raw.as_bytes()).is_none() && !(folded && raw.bytes().any(|byte| byte.is_ascii_uppercase()))
+}
+
+impl Kept {
+    fn decode(name: u64, raw: &str, folded: bool) -> Self {
+        let text = match decode(raw, folded) {
+            Some(Cow::Borrowed(_)) => Text::Plain,
+            Some(Cow::Owned(text)) => Text::Decoded(text),
+            None => Text::Bad,
+        };
+        Self { name, text, others: Default::default() }
+    }
+
+    fn text<'a>(&'a self, raw: &'a str) -> Option<Cow<'a, str>> {
+        match &self.text {
+            Text::Plain => raw.get(1..raw.len() - 1).map(Cow::Borrowed),
+            Text::Decoded(text) => Some(Cow::Borrowed(text)),
+            Text::Bad => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Found in review: only eight were kept, and each term on a ninth decoded it whole.
+    #[test]
+    fn every_text_of_a_row_is_decoded_once_however_many_there_are() {
+        const COLUMNS: usize = 500;
+        let row: String = (0..COLUMNS).map(|n| format!(r#"Line {n}\nline {}|"#, "X".repeat(n % 7 * 100))).collect();
+        let quoted: Vec<String> = row.trim_end_matches('|').split('|').map(|text| format!("\"{text}\"")).collect();
+        let texts = Texts::default();
+        for folded in [false, true] {
+            let first: Vec<_> = quoted.iter().map(|raw| texts.get(raw, folded).unwrap()).collect();
+            for (raw, first) in quoted.iter().zip(&first) {
+                let Some(Cow::Borrowed(again)) = texts.get(raw, folded) else { panic!("decoded again: {raw}") };
+                assert_eq!(again.as_ptr(), first.as_ptr());
+                assert_eq!(again, decode(raw, folded).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_stays_none() {
+        let texts = Texts::default();
+        for raw in ["12", r#""\ud800""#, r#""\q""#] {
+            assert_eq!((texts.get(raw, false), texts.get(raw, true)), (None, None), "{raw}");
+        }
     }
 }
