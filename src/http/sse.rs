@@ -22,7 +22,7 @@ use crate::http::credentials;
 use crate::http::problem::Problem;
 use crate::http::query::Query;
 use crate::http::ws::has_room;
-use crate::protocol::error::ErrorCode;
+use crate::protocol::error::{ErrorCode, Retry};
 use crate::protocol::message::{ClientMessage, From, ServerMessage, Subscribe};
 use crate::session::Context;
 use crate::session::live::{Emit, Session};
@@ -32,8 +32,8 @@ use crate::session::socket::text_of;
 const COMMENT_INTERVAL: Duration = Duration::from_secs(15);
 /// Reconnect after a cut, milliseconds; jittered by half.
 const RETRY_MS: u64 = 1_000;
-/// Reconnect after the position is gone: not without a person's doing.
-const RETRY_GONE_MS: u64 = 3_600_000;
+/// Reconnect where the same request would fail again: not without a person's doing.
+const RETRY_NEVER_MS: u64 = 3_600_000;
 /// The id of the only subscription.
 const ID: &str = "sse";
 /// What the query may hold.
@@ -225,17 +225,26 @@ fn event_text(emit: Emit) -> (String, bool) {
             }
             ServerMessage::ResyncRequired(_) => {
                 let text = event("resync_required", None, &text_of(&message));
-                (format!("retry: {RETRY_GONE_MS}\n{text}"), true)
+                (format!("retry: {RETRY_NEVER_MS}\n{text}"), true)
             }
-            ServerMessage::Error { .. } => {
+            ServerMessage::Error { retry, .. } => {
                 let text = event("error", None, &text_of(&message));
-                (format!("retry: {}\n{text}", RETRY_MS * 10), true)
+                (format!("retry: {}\n{text}", retry_ms(*retry)), true)
             }
             ServerMessage::Drain { reconnect_after_ms, .. } => (format!("retry: {reconnect_after_ms}\n\n"), false),
             _ => (String::new(), false),
         },
         Emit::Ping => (String::from(": \n\n"), false),
         Emit::Close(_) => (String::new(), true),
+    }
+}
+
+/// When to reconnect after an error that advises `retry`.
+const fn retry_ms(retry: Retry) -> u64 {
+    match retry {
+        Retry::Never | Retry::Resync => RETRY_NEVER_MS,
+        Retry::Now => RETRY_MS,
+        Retry::Backoff => RETRY_MS * 10,
     }
 }
 

@@ -65,6 +65,72 @@ async fn dear_filters_are_served_at_their_own_pace_and_miss_nothing() {
     assert_eq!(streamed, [1, 2, 3, 4]);
 }
 
+/// Found in review: while the first of two looked, the second one moved the turn past whoever came next, and the session slept.
+#[tokio::test]
+async fn a_cheap_subscription_behind_two_dear_ones_does_not_wait_for_them() {
+    let cluster = TestCluster::start(1).await;
+    let mut wire = cluster.node(0).wire().await;
+    for id in ["dear 1", "dear 2"] {
+        let filter = format!("{} AND note <> '{id}'", dear());
+        wire.say(json!({"type": "subscribe", "id": id, "tables": ["orders"], "where": filter})).await;
+        wire.find("caught_up").await;
+    }
+    wire.subscribe("cheap", "orders").await;
+    wire.find("caught_up").await;
+    cluster.run(LARGE).await;
+    let mut order = Vec::new();
+    while order.len() < 3 {
+        order.push(wire.find("events").await["id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(order[0], "cheap", "{order:?}");
+}
+
+/// A condition of nearly the greatest length that compares each character of a text sixteen times in each of its terms.
+fn hopeless() -> String {
+    vec!["note LIKE '%_aa_a_a_a_a_a_b%'"; 110].join(" OR ")
+}
+
+/// The end of what no budget pays for, told alike on both transports; and nothing else ends.
+#[tokio::test]
+async fn a_transaction_that_is_too_expensive_ends_its_subscription_and_nothing_else() {
+    let cluster = TestCluster::start(1).await;
+    let mut wire = cluster.node(0).wire().await;
+    wire.say(json!({"type": "subscribe", "id": "dear", "tables": ["orders"], "where": hopeless()})).await;
+    let cursor = wire.find("caught_up").await["cursor"].clone();
+    wire.subscribe("cheap", "orders").await;
+    wire.find("caught_up").await;
+    let target = format!("/v1/sse?table=orders&where={}", encoded(&hopeless()));
+    let bearer = format!("Bearer {}", cluster.key);
+    let mut stream = ask("GET", cluster.node(0).address(), &target, &[("Authorization", &bearer)]).await;
+    stream.expect("caught_up").await;
+
+    cluster.run("INSERT INTO orders (id, note) SELECT 1, repeat('a', 4000000)").await;
+    assert_eq!(wire.find("events").await["id"], "cheap");
+    let error = wire.find("error").await;
+    let said = ["id", "code", "retry"].map(|name| error[name].as_str().unwrap().to_owned());
+    assert_eq!(said, ["dear", "too_expensive", "never"], "{error}");
+
+    let mut lines = Vec::new();
+    while let Some(line) = stream.line().await {
+        lines.push(line);
+    }
+    let text = lines.join("\n");
+    assert!(text.contains("retry: 3600000\nevent: error\ndata: "), "{text}");
+    assert!(text.contains(r#""code":"too_expensive""#) && text.contains(r#""retry":"never""#), "{text}");
+
+    cluster.insert("orders", 2..=2).await;
+    let events = wire.find("events").await;
+    assert_eq!((&events["id"], keys(&events)), (&json!("cheap"), vec![2]), "the connection goes on");
+    // Its position stays good, and its id is free.
+    let subscribe = json!({"type": "subscribe", "id": "dear", "tables": ["orders"], "from": {"cursor": cursor}});
+    wire.say(subscribe).await;
+    let mut seen = Vec::new();
+    while seen.len() < 2 {
+        seen.extend(keys(&wire.find("events").await));
+    }
+    assert_eq!(seen, [1, 2]);
+}
+
 /// The same from the log: it is long gone from memory.
 #[tokio::test]
 async fn a_dear_filter_catches_up_from_the_log() {

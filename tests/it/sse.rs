@@ -106,8 +106,16 @@ async fn what_is_wrong_is_said_before_or_in_the_stream() {
         ("table=orders&from=snapshot", "unsupported"),
     ] {
         let mut stream = open(node, &cluster.key, query, None).await;
-        let event = stream.expect("error").await;
-        assert_eq!(event.data["code"], code, "{query}");
+        let mut retry = None;
+        while let Some(line) = stream.line().await.filter(|line| line != "event: error") {
+            retry = line.strip_prefix("retry: ").map(str::to_owned).or(retry);
+        }
+        let data = stream.line().await.unwrap();
+        assert!(
+            data.contains(&format!(r#""code":"{code}""#)) && data.contains(r#""retry":"never""#),
+            "{query}: {data}"
+        );
+        assert_eq!(retry.as_deref(), Some("3600000"), "{query}: the same request fails again");
         drop(stream);
     }
     eventually("no stream is left behind", || {
