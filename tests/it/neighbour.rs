@@ -65,7 +65,8 @@ async fn dear_filters_are_served_at_their_own_pace_and_miss_nothing() {
     assert_eq!(streamed, [1, 2, 3, 4]);
 }
 
-/// Found in review: while the first of two looked, the second one moved the turn past whoever came next, and the session slept.
+/// Found in review: while the first of two looked, the second one moved the turn past whoever came next; the session slept until
+/// something else woke it.
 #[tokio::test]
 async fn a_cheap_subscription_behind_two_dear_ones_does_not_wait_for_them() {
     let cluster = TestCluster::start(1).await;
