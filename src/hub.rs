@@ -40,11 +40,12 @@ use uuid::Uuid;
 use self::beginning::Beginning;
 use self::dispatch::{Call, Dispatched, Outcome, dispatch};
 use self::kept::Kept;
-use self::look::Look;
+use self::look::{Look, Origin};
+use self::pages::{Page, Pages};
 pub use self::tap::Tap;
 use crate::cursor::{Cursor, Epochs, Seq};
 use crate::event::{Event, Operation};
-use crate::hub::group::{Ended, Frame, Group, Held, Place, Plans, Signal};
+use crate::hub::group::{Ended, Found, Frame, Group, Held, Place, Plans, Signal};
 use crate::hub::ring::{Gone, NotContiguous, Ring, Whole};
 use crate::hub::routes::Routes;
 use crate::log::incarnation::Known;
@@ -55,7 +56,7 @@ use crate::telemetry::metrics::{Metrics, gauge};
 const PULL_EVENTS: usize = 1_000;
 /// Events that are handed to the groups in one call, under the routes' lock; with [`dispatch`]'s bounds it is soon let go of.
 const DISPATCH_EVENTS: usize = 2_000;
-/// Events of one look in a thread, bytes: it and its reader hold them until its turn comes.
+/// Events of one look in a thread, bytes.
 const LOOK_BYTES: usize = 1 << 20;
 
 /// A frame is kept for those a little behind for one to two of these; the ring has its events for longer.
@@ -121,6 +122,8 @@ pub struct Hub {
     kept: Kept,
     // Threads that look at what is dear, for all connections.
     lookers: Arc<Semaphore>,
+    // Looks that hold events.
+    seats: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
 
@@ -142,6 +145,7 @@ impl Hub {
             aged: Mutex::new((Instant::now(), 0)),
             kept: Kept::new(options.frames_bytes),
             lookers: look::threads(),
+            seats: look::seats(),
             metrics,
         }
     }
@@ -423,6 +427,23 @@ impl Hub {
         self.metrics.frames_bytes.set(gauge(self.kept.bytes()));
     }
 
+    /// Keeps what was found for others of the group, if there are others.
+    fn keep(&self, group: &Arc<Group>, place: Place, found: Found) {
+        if group.listeners() > 1 {
+            self.leave(group, place, found);
+        }
+    }
+
+    /// Leaves what a reader has found with its group, since it cannot take it now: among all kept frames, the oldest of which
+    /// go where there are too many.
+    pub fn leave(&self, group: &Arc<Group>, place: Place, found: Found) {
+        let through = found.through();
+        if group.keep(place, found, self.kept.counter()) {
+            self.metrics.frames_evicted_total.inc_by(self.kept.add(group, through));
+            self.metrics.frames_bytes.set(gauge(self.kept.bytes()));
+        }
+    }
+
     /// Adds a subscription's interest; its group is made when it is the first of its kind.
     pub fn join(self: &Arc<Self>, key: &str, signal: &Arc<Signal>, plans: impl FnOnce() -> Plans) -> Tap {
         let mut routes = self.routes.lock();
@@ -467,23 +488,33 @@ impl Hub {
                 let read =
                     self.ring.read().whole_after(after, edge.deliverable.seq, PULL_EVENTS, self.options.frame_bytes);
                 match read {
-                    Ok(whole) => self.frame_of(group, whole, (edge.generation, after)).unwrap_or(Pull::Idle(edge)),
+                    Ok(whole) => {
+                        let place = (edge.generation, after);
+                        self.frame_of(group, whole, place, Origin::Ring).unwrap_or(Pull::Idle(edge))
+                    }
                     Err(Gone) => Pull::Log,
                 }
             }
         }
     }
 
-    /// The first frame for a group among `whole`, which follows `place`, from the ring or from the log; None when that is
-    /// empty. The place's generation is one from before `whole` was read.
+    /// The first frame for a group in `page` after `place`; None when nothing whole follows there. The place's generation is
+    /// one from before the page was read.
     #[must_use]
-    pub fn frame_of(self: &Arc<Self>, group: &Arc<Group>, mut whole: Whole, place: Place) -> Option<Pull> {
+    pub fn pull_page(self: &Arc<Self>, group: &Arc<Group>, page: &Page, pages: &Pages, place: Place) -> Option<Pull> {
+        let whole = page.whole_after(place.1, self.options.frame_bytes);
+        self.frame_of(group, whole, place, Origin::log(pages, page))
+    }
+
+    /// The first frame for a group among `whole`, which follows `place`; None when that is empty. The place's generation is
+    /// one from before `whole` was read.
+    fn frame_of(self: &Arc<Self>, group: &Arc<Group>, mut whole: Whole, place: Place, origin: Origin) -> Option<Pull> {
         whole.events.last()?;
         if look::is_dear(group, &whole) {
             whole.shorten(LOOK_BYTES);
-            return Some(Pull::Dear(Box::new(Look::new(self, group, whole, place))));
+            return Some(Pull::Dear(Box::new(Look::new(self, group, whole, place, origin))));
         }
-        let mut look = Look::new(self, group, whole, place);
+        let mut look = Look::new(self, group, whole, place, origin);
         // The rest is for later pulls: memory stays bounded.
         Some(look.finish())
     }

@@ -152,7 +152,8 @@ pub enum Found {
 }
 
 impl Found {
-    fn through(&self) -> Seq {
+    /// The end of what was looked at.
+    pub(super) fn through(&self) -> Seq {
         match self {
             Self::Frame(frame) => frame.through,
             Self::Nothing(cursor) => cursor.seq,
@@ -319,11 +320,11 @@ impl Group {
         self.live.lock().listeners.len()
     }
 
-    /// Keeps what was found at `place` for others who come there, if there are others.
-    pub fn keep(&self, place: Place, found: Found, kept: &Arc<AtomicUsize>) {
+    /// Keeps what was found at `place` for whoever comes there; a frame counts in `kept`. False: it has that already.
+    pub fn keep(&self, place: Place, found: Found, kept: &Arc<AtomicUsize>) -> bool {
         let mut live = self.live.lock();
-        if live.listeners.len() < 2 || live.found.iter().any(|(at, _)| *at == place) {
-            return;
+        if live.found.iter().any(|(at, _)| *at == place) {
+            return false;
         }
         if let Found::Frame(frame) = &found {
             frame.count(kept);
@@ -334,6 +335,7 @@ impl Group {
             let Some((_, old)) = live.found.pop_front() else { break };
             bytes -= old.bytes();
         }
+        true
     }
 
     /// Lets go of the frames up to `floor`; whoever is still there reads the ring. True when there were any.

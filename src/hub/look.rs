@@ -4,18 +4,25 @@
 //! is dear is done in slices, in a thread, between which others get theirs. A look can be left at any time: its reader's
 //! position has not moved.
 
+mod origin;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
+use self::origin::Desk;
+#[cfg(test)]
+pub(super) use self::origin::SEATS;
+pub(super) use self::origin::{Origin, seats};
 use super::group::{Assembly, Ended, FRAME_TARGET_BYTES, Found, Frame, Group, Place, Span};
 use super::plan::Opened;
 use super::ring::Whole;
 use super::thread_time::ThreadTime;
 use super::{Hub, Pull};
 use crate::event::Event;
+use crate::telemetry::metrics::Metrics;
 
 /// A look that may cost more, in bytes read, is not done in a session's own task: some milliseconds.
 const TASK_COST: usize = 4 << 20;
@@ -57,7 +64,7 @@ pub(super) fn is_dear(group: &Group, whole: &Whole) -> bool {
 pub struct Look {
     hub: Arc<Hub>,
     group: Arc<Group>,
-    whole: Whole,
+    desk: Desk,
     place: Place,
     next: usize,
     span: Span,
@@ -80,28 +87,41 @@ pub enum Worked {
 }
 
 impl Look {
-    pub(super) fn new(hub: &Arc<Hub>, group: &Arc<Group>, whole: Whole, place: Place) -> Self {
+    pub(super) fn new(hub: &Arc<Hub>, group: &Arc<Group>, whole: Whole, place: Place, origin: Origin) -> Self {
         let epochs = hub.epochs.read().clone();
         let (hub, group, span) = (Arc::clone(hub), Arc::clone(group), Span::new(epochs));
-        let (assembly, spent) = (Assembly::default(), Duration::ZERO);
-        Self { hub, group, whole, place, next: 0, span, assembly, spent, limit: TRANSACTION_LIMIT }
+        let (desk, assembly, spent) = (Desk::new(whole, origin), Assembly::default(), Duration::ZERO);
+        Self { hub, group, desk, place, next: 0, span, assembly, spent, limit: TRANSACTION_LIMIT }
     }
 
     /// Looks in a thread, slice after slice, each of which waits for its turn among all of the node. Gives the processor
     /// time that it took; none where another reader of the group had the answer. It must be polled whatever its asker waits for,
-    /// since others of the group may wait for it; it ends soon after `gone` is set.
+    /// since others of the group may wait for it. It may be dropped where it waits; a slice ends soon after `gone` is set.
     pub async fn run(mut self: Box<Self>, gone: Arc<AtomicBool>) -> (Worked, Duration) {
         let (hub, group) = (Arc::clone(&self.hub), Arc::clone(&self.group));
-        let _turn = group.turns.lock().await;
+        let waiting = Waiting::begin(&hub.metrics);
+        let _turn = match group.turns.try_lock() {
+            Some(turn) => turn,
+            None => {
+                self.desk.let_go();
+                group.turns.lock().await
+            }
+        };
         if let Some(worked) = self.known() {
             return (worked, Duration::ZERO);
         }
+        if !self.desk.sit_down(&hub, self.place).await {
+            return (Worked::More, Duration::ZERO);
+        }
+        drop(waiting);
         let mut took = Duration::ZERO;
         loop {
+            let waiting = Waiting::begin(&hub.metrics);
             let permit = Arc::clone(&hub.lookers).acquire_owned().await;
             let Some(permit) = permit.ok().filter(|_| !gone.load(Ordering::Relaxed)) else {
                 return (Worked::Cancelled, took);
             };
+            drop(waiting);
             let cancelled = Arc::clone(&gone);
             let slice = tokio::task::spawn_blocking(move || {
                 let _permit = permit;
@@ -152,8 +172,8 @@ impl Look {
                 return Worked::Cancelled;
             }
             if over() {
-                let seq = self.whole.events.get(self.next).map_or(self.place.1, |event| event.seq);
-                self.group.keep(self.place, Found::TooExpensive(seq), self.hub.kept.counter());
+                let seq = self.desk.whole.events.get(self.next).map_or(self.place.1, |event| event.seq);
+                self.hub.keep(&self.group, self.place, Found::TooExpensive(seq));
                 return Worked::TooExpensive;
             }
             if let Some(pull) = answer {
@@ -200,16 +220,16 @@ impl Look {
             Pull::Nothing(cursor) => Found::Nothing(*cursor),
             _ => return,
         };
-        self.group.keep(self.place, found, self.hub.kept.counter());
+        self.hub.keep(&self.group, self.place, found);
     }
 
     fn passed(&self) -> Option<&Event> {
-        self.whole.events.get(self.next.checked_sub(1)?)
+        self.desk.whole.events.get(self.next.checked_sub(1)?)
     }
 
     /// Looks at one event; the answer, once there is one.
-    fn step(&mut self, stop: Option<&dyn Fn() -> bool>) -> Option<Pull> {
-        let Some(event) = self.whole.events.get(self.next) else { return Some(self.answer()) };
+    pub(super) fn step(&mut self, stop: Option<&dyn Fn() -> bool>) -> Option<Pull> {
+        let Some(event) = self.desk.whole.events.get(self.next) else { return Some(self.answer()) };
         if let Some(ended) = ended_before(&self.group, event) {
             return Some(if self.next == 0 { Pull::Ended(ended) } else { self.answer() });
         }
@@ -233,6 +253,23 @@ impl Look {
             Some(frame) => framed(frame),
             None => Pull::Nothing(end),
         }
+    }
+}
+
+/// A look that waits for its turn, a seat or a thread.
+struct Waiting<'a>(&'a Metrics, Instant);
+
+impl<'a> Waiting<'a> {
+    fn begin(metrics: &'a Metrics) -> Self {
+        metrics.looks_waiting.inc();
+        Self(metrics, Instant::now())
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.looks_waiting.dec();
+        self.0.look_wait_ms_total.inc_by(u64::try_from(self.1.elapsed().as_millis()).unwrap_or(u64::MAX));
     }
 }
 

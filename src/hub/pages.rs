@@ -12,7 +12,7 @@ mod memory;
 
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use moka::future::Cache;
@@ -23,6 +23,7 @@ use uuid::Uuid;
 use self::memory::Memory;
 use crate::cursor::Seq;
 use crate::event::Event;
+use crate::hub::ring::Whole;
 use crate::lifecycle::Lifecycle;
 use crate::log::read::{self, Extent, PageLimits};
 use crate::postgres::{Database, within};
@@ -32,6 +33,8 @@ use crate::telemetry::metrics::{Metrics, gauge};
 pub const PAGE_EVENTS: u64 = 1_000;
 /// And of bytes, unless an event or a transaction is larger.
 const PAGE_BYTES: usize = 1 << 20;
+/// Events of a page that one pull inspects.
+const TURN_EVENTS: usize = 1_000;
 /// Memory of all pages of a node, bytes: 64 readers of the largest usual page at a time, or eight of the largest event.
 pub const HISTORY_BYTES: usize = 64 << 20;
 /// A reader takes a page as soon as it is polled; one that has not by then is not polled, and the page may go.
@@ -71,10 +74,42 @@ impl Events {
         Self { events, part: self.part, held: None }
     }
 
+    /// What of it may go out together after `after`.
+    #[must_use]
+    pub fn whole_after(&self, after: Seq, frame_bytes: usize) -> Whole {
+        let rest = || self.events.iter().filter(|event| event.seq > after);
+        let whole = Whole::prefix(rest(), TURN_EVENTS, frame_bytes);
+        if whole.events.is_empty() && self.part {
+            // What is left of a part goes out as one: the page after it does not repeat it.
+            return Whole { events: rest().cloned().collect(), open: true };
+        }
+        whole
+    }
+
     /// Whether it is the part of a transaction that is larger than a frame, which has no end in it.
     #[must_use]
     pub const fn is_part(&self) -> bool {
         self.part
+    }
+}
+
+/// A page that its reader has let go of. Until somebody needs its memory it is still there.
+#[derive(Debug, Default)]
+pub struct Left(Weak<Events>);
+
+impl Left {
+    /// A page that is about to be let go of.
+    #[must_use]
+    pub fn of(page: &Page) -> Self {
+        Self(Arc::downgrade(page))
+    }
+
+    /// The page, if it is still there and has the event after `after`.
+    #[must_use]
+    pub fn again(&self, after: Seq) -> Option<Page> {
+        let page = self.0.upgrade()?;
+        let has = page.first()?.seq <= after + 1 && page.last()?.seq > after;
+        has.then_some(page)
     }
 }
 
@@ -180,9 +215,13 @@ impl Pages {
     /// Lets go of what nobody has read for a while.
     pub fn sweep(&self) {
         let now = Instant::now();
-        self.slots
-            .lock()
-            .retain(|_, (slot, used)| !idle(slot, *used, now) || now.saturating_duration_since(*used) < IDLE_AGE);
+        self.slots.lock().retain(|_, (slot, used)| {
+            let keep = !idle(slot, *used, now) || now.saturating_duration_since(*used) < IDLE_AGE;
+            if !keep {
+                slot.send_replace(Stage::LetGo);
+            }
+            keep
+        });
         self.measure();
     }
 

@@ -1,6 +1,7 @@
 //! The hub's end of subscriptions that a schema change breaks, and its positions inside transactions.
 
 mod busy;
+mod memory;
 mod model;
 
 use std::collections::HashMap;
@@ -374,16 +375,6 @@ fn a_dear_subscription_ends_where_the_change_that_breaks_it_stands() {
     assert_eq!(read(&tap, 0), (2, 2));
     // As whoever catches up, it is not shown the change itself: it is told of it.
     assert!(matches!(tap.pull(2), Pull::Ended(ended) if ended.reason == ResyncReason::SchemaChanged));
-}
-
-#[test]
-fn a_look_that_nobody_waits_for_any_more_ends_between_two_terms() {
-    let hub = hub();
-    let tap = hub.join("dear", &Arc::default(), dear_plans);
-    hub.append(&[large(1)], Instant::now()).unwrap();
-    let Pull::Dear(mut look) = tap.pull(0) else { panic!("not dear") };
-    let gone = std::sync::atomic::AtomicBool::new(true);
-    assert!(matches!(look.work(&gone), look::Worked::Cancelled));
 }
 
 #[test]

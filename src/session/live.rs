@@ -27,7 +27,7 @@ use crate::cluster::ConnectionGuard;
 use crate::cursor::{Cursor, Seq};
 use crate::hub::group::{Frame, Group, Signal};
 use crate::hub::look::Worked;
-use crate::hub::pages::Page;
+use crate::hub::pages::{Left, Page};
 use crate::hub::{Pull, Tap};
 use crate::mutant::{self, Mutant};
 use crate::protocol::close::CloseCode;
@@ -84,6 +84,8 @@ struct Place {
     generation: u64,
     // Events of the log that follow `passed`. Never held while the transport takes nothing.
     page: Option<Page>,
+    // One that was let go of.
+    left: Left,
     reading: bool,
     fell_back: bool,
     // What comes next was dear to find out the last time; found, it waits to be taken.
@@ -223,13 +225,16 @@ impl Session {
     }
 
     /// While the transport takes nothing: what waits for Postgres goes on, as others may wait for the same answer, and pages of
-    /// the log are let go of; they are read again.
+    /// the log are let go of; they are read again. What was dear to find out stays with the group.
     pub fn poll_work(&mut self, task: &mut TaskContext<'_>) {
         while let Poll::Ready(Some(done)) = self.work.poll_next_unpin(task) {
             self.settle(done);
         }
         for place in &mut self.places {
-            place.page = None;
+            place.let_go_of_page();
+            if let Some(found) = place.found.take() {
+                place.leave(&self.context.hub, found);
+            }
         }
     }
 
@@ -410,6 +415,7 @@ impl Session {
             passed,
             generation,
             page: None,
+            left: Left::default(),
             reading: false,
             fell_back: false,
             dear: false,

@@ -221,6 +221,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     /// Hands what there is to the socket's buffer, as long as that takes it. True: the connection is gone.
     fn poll_feed(&mut self, task: &mut TaskContext<'_>) -> bool {
         if self.left {
+            self.session.poll_work(task);
             return false;
         }
         let (mut emitted, mut bytes) = (0, 0);

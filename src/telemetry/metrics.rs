@@ -80,6 +80,8 @@ metrics! {
     filters_passed_over_total: Counter = "tidewire_filters_passed_over_total", "Times a group of subscriptions was too dear to be served where everybody waits, and read on at its own pace";
     filter_thread_ms_total: Counter = "tidewire_filter_thread_ms_total", "Milliseconds that threads spent on subscriptions at their own pace";
     filter_waits_total: Counter = "tidewire_filter_waits_total", "Times a connection waited because its subscriptions had used up its thread time";
+    looks_waiting: Gauge = "tidewire_looks_waiting", "Subscriptions at their own pace that wait for a turn of the node's threads";
+    look_wait_ms_total: Counter = "tidewire_look_wait_ms_total", "Milliseconds that they have waited for it, summed over all";
     ring_age_ms: Gauge = "tidewire_ring_age_ms", "Age of the ring's oldest event, milliseconds";
     connections: GaugeVec = "tidewire_connections" ["transport"], "Live connections";
     connections_total: CounterVec = "tidewire_connections_total" ["transport"], "Connections accepted";

@@ -93,7 +93,7 @@ impl Reader {
                 let rest = log.iter().filter(|event| event.seq > self.passed && event.seq <= edge.deliverable.seq);
                 let whole = Whole::prefix(rest, 7, frame_bytes);
                 let place = (edge.generation, self.passed);
-                hub.frame_of(self.tap.group(), whole, place).unwrap_or(Pull::Idle(edge))
+                hub.frame_of(self.tap.group(), whole, place, Origin::Ring).unwrap_or(Pull::Idle(edge))
             }
             pull => pull,
         };

@@ -80,6 +80,8 @@ impl Session {
         let (newest, count) = (self.context.hub.edge().deliverable.seq, self.places.len().max(1));
         let Some(place) = self.places.get_mut(index) else { return Step::Nothing };
         place.dear = true;
+        // Whoever waits holds no memory, nor does it hold a look's twice.
+        place.let_go_of_page();
         if self.looking {
             return Step::Nothing;
         }
@@ -90,8 +92,6 @@ impl Session {
                 return self.too_expensive(index, why);
             }
             self.looking = true;
-            // Whoever waits holds no memory.
-            place.page = None;
             self.context.metrics.filter_waits_total.inc();
             self.work.push(Box::pin(async move {
                 tokio::time::sleep(wait).await;
@@ -109,10 +109,13 @@ impl Session {
         self.turn = (index + 1) % count;
         let (id, group, generation) = (Arc::clone(&place.id), Arc::clone(place.tap.group()), place.generation);
         // In a task of its own: a session whose client does not read is not polled, and others may wait for this look.
-        let (asker, (sender, receiver)) = (Asker::default(), oneshot::channel());
+        let (asker, (mut sender, receiver)) = (Asker::default(), oneshot::channel());
         let gone = asker.gone();
         self.context.lifecycle.spawn("look", async move {
-            let _ = sender.send(look.run(gone).await);
+            tokio::select! {
+                looked = look.run(gone) => drop(sender.send(looked)),
+                () = sender.closed() => {}
+            }
         });
         self.work.push(Box::pin(async move {
             let _asker = asker;

@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 use super::{Done, Emit, Place, Session};
 use crate::cursor::Cursor;
 use crate::failpoint;
-use crate::hub::pages::Page;
-use crate::hub::ring::Whole;
-use crate::hub::{Edge, Pull};
+use crate::hub::group::Found;
+use crate::hub::pages::{Left, Page};
+use crate::hub::{Edge, Hub, Pull};
 use crate::mutant::{self, Mutant};
 use crate::protocol::message::ResyncReason;
 use crate::session::start;
 
-/// Events of a page that one turn looks at.
-const TURN_EVENTS: usize = 1_000;
 /// Wait before the log is read again after a failure.
 const LOG_RETRY: Duration = Duration::from_millis(500);
 /// What one turn of a session skips (events that are not for it) before others get theirs.
@@ -63,6 +61,9 @@ impl Session {
         let waits = place.dear && self.looking && place.found.is_none();
         if place.reading || place.suspended || waits {
             return Step::Nothing;
+        }
+        if place.page.is_none() {
+            place.page = place.left.again(place.passed);
         }
         if mutant::is(Mutant::ProgressTooEarly) {
             self.machine.reached(now, &place.id, edge.boundary);
@@ -131,8 +132,7 @@ impl Session {
     /// The log has a new epoch: does the position still belong to it?
     fn judge_anew(&mut self, index: usize, before: u64) -> Option<Step> {
         let place = self.places.get_mut(index)?;
-        place.page = None;
-        place.found = None;
+        (place.page, place.left, place.found) = (None, Left::default(), None);
         let position = self.machine.position(&place.id)?;
         let epochs = self.context.hub.epochs();
         // An epoch that is no more was lost with its tail.
@@ -153,15 +153,9 @@ impl Session {
     fn pull_page(&mut self, index: usize) -> Pull {
         let edge = self.context.hub.edge();
         let Some(place) = self.places.get_mut(index) else { return Pull::Idle(edge) };
-        let frame_bytes = self.context.options.limits.frame_bytes;
         let Some(page) = place.page.as_ref() else { return Pull::Idle(edge) };
-        let rest = || page.iter().filter(|event| event.seq > place.passed);
-        let mut whole = Whole::prefix(rest(), TURN_EVENTS, frame_bytes);
-        if whole.events.is_empty() && page.is_part() {
-            // What is left of a part goes out as one: the page after it does not repeat it.
-            whole = Whole { events: rest().cloned().collect(), open: true };
-        }
-        let pulled = self.context.hub.frame_of(place.tap.group(), whole, (place.generation, place.passed));
+        let (at, pages) = ((place.generation, place.passed), &self.context.pages);
+        let pulled = self.context.hub.pull_page(place.tap.group(), page, pages, at);
         // Nothing whole: a page from here on has it, or nobody has.
         let all = page.last().is_some_and(|last| last.seq >= edge.deliverable.seq);
         pulled.unwrap_or(if all { Pull::Idle(edge) } else { Pull::Log })
@@ -173,8 +167,8 @@ impl Session {
             self.context.metrics.fallbacks_total.with_label_values(&["log"]).inc();
         }
         place.reading = true;
-        // Nobody holds one page while it waits for another.
-        place.page = None;
+        // Nobody holds one page while it waits for another, and this one has nothing more for it.
+        (place.page, place.left) = (None, Left::default());
         let after = place.passed;
         let (context, id) = (Arc::clone(&self.context), Arc::clone(&place.id));
         self.work.push(Box::pin(async move {
@@ -225,6 +219,23 @@ impl Session {
 }
 
 impl Place {
+    /// Others may need its memory meanwhile.
+    pub(super) fn let_go_of_page(&mut self) {
+        if let Some(page) = self.page.take() {
+            self.left = Left::of(&page);
+        }
+    }
+
+    /// Leaves what was found with the group: nobody reads at the moment.
+    pub(super) fn leave(&self, hub: &Hub, found: Pull) {
+        let found = match found {
+            Pull::Frame(frame) => Found::Frame(frame),
+            Pull::Nothing(cursor) => Found::Nothing(cursor),
+            _ => return,
+        };
+        hub.leave(self.tap.group(), (self.generation, self.passed), found);
+    }
+
     fn let_go_of_passed(&mut self) {
         let passed = self.passed;
         self.page.take_if(|page| page.last().is_none_or(|last| last.seq <= passed));
