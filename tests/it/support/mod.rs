@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) mod relay;
 
 /// Every wait on a fact in these tests ends here, in failure. Generous: machines under load are slow, not wrong.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Between two looks at a fact that nothing tells of.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
