@@ -84,11 +84,38 @@ async function log(nodes, key, first, last) {
   throw new Error('no node gives the log');
 }
 
+// What the page makes of JSON: no number may change its value, and what need not be a text is none.
+async function parsesLosslessly(page) {
+  const cases = [
+    ['[1, -7.5, 42.00, 1e3, 9007199254740991]', [1, -7.5, 42, 1000, 9007199254740991]],
+    ['[9007199254740992, 9007199254740993, -9223372036854775808]', [9007199254740992, '9007199254740993', '-9223372036854775808']],
+    ['{"a":{"b":[12345678901234567890.123]}}', { a: { b: ['12345678901234567890.123'] } }],
+    ['[0.30000000000000004, "9007199254740993", null, true]', [0.30000000000000004, '9007199254740993', null, true]],
+  ];
+  for (const [text, want] of cases) {
+    const got = await page(`import('./follow.js').then(({ parse }) => JSON.stringify(parse(${JSON.stringify(text)})))`);
+    equal(`what the page reads from ${text}`, got, JSON.stringify(want));
+  }
+}
+
+// Keys that differ by less than a double can tell.
+async function largeKeys(database, page) {
+  const keys = ['9007199254740992', '9007199254740993', '9223372036854775807'];
+  const sql = `INSERT INTO public.orders (id, customer, amount, status) OVERRIDING SYSTEM VALUE
+    SELECT key, 'Large', 1, 'new' FROM unnest('{${keys}}'::bigint[]) AS keys(key)`;
+  const psql = start('psql', ['-qXd', database, '-v', 'ON_ERROR_STOP=1', '-c', sql]);
+  const code = await new Promise((done) => psql.once('exit', done));
+  equal('the end of psql', code, 0);
+  const lines = () => page('[...document.querySelectorAll("li")].map((one) => one.textContent.replaceAll(/\\W/g, " ")).join("\\n")');
+  await until('rows with large keys', async () => ((await lines()).match(/ 9\d{15,}/g) ?? []).length >= keys.length);
+  equal('large keys', (await lines()).match(/ 9\d{15,}/g).join().replaceAll(' ', ''), keys.join());
+}
+
 async function test(browser) {
   const dev = start(tidewire, ['dev', '--nodes', '2', '--json'], { stdio: ['ignore', 'pipe', 'pipe'] });
   const said = createInterface({ input: dev.stderr });
   said.on('line', (line) => console.error(line));
-  const { nodes, api_key: key } = JSON.parse((await dev.lines.next()).value);
+  const { nodes, api_key: key, database_url: database } = JSON.parse((await dev.lines.next()).value);
   // dev starts a dead node again and says what its process is then.
   said.on('line', (line) => {
     const [, name, pid] = /^(\S+) runs again, process (\d+)/.exec(line) ?? [];
@@ -106,6 +133,9 @@ async function test(browser) {
   };
   await until('the page follows', async () => (await status()) === 'following');
   await goesOn('the start');
+
+  await parsesLosslessly(page);
+  await largeKeys(database, page);
 
   await killNode(nodes[0]);
   await goesOn('the first node was killed');
