@@ -21,6 +21,18 @@ BEGIN
     END IF;
 END $$;
 
+-- As before, with the words of Postgres 18.
+CREATE OR REPLACE FUNCTION tidewire.reason_to_omit(failure text, bytes bigint) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF failure IS NOT NULL THEN
+        RETURN 'the row cannot be written as JSON: ' || failure
+            || CASE WHEN failure LIKE ANY ('{out of memory%,invalid memory alloc%,string buffer exceeds%}') THEN ' (no value can be larger than 1 GB)' ELSE '' END;
+    ELSIF bytes > 268435456 THEN
+        RETURN 'the row is larger than 256 MiB as JSON';
+    END IF;
+    RETURN NULL;
+END $$;
+
 -- As before, but for the warning.
 CREATE OR REPLACE FUNCTION tidewire.rendered_change(name text, operation text, old_row record, old_key record, new_row record, new_key record,
     OUT row_key json, OUT key_was json, OUT before json, OUT after json, OUT omitted text) LANGUAGE plpgsql STABLE AS $$
