@@ -96,7 +96,7 @@ pub(super) async fn refuse_pooler(connection: &mut PgConnection) -> Result<(), C
     let probe = async {
         // A key of our own for each probe, so that nodes that start together do not meet.
         let key: i64 = rand::random();
-        sqlx::query("SELECT pg_advisory_lock($1)").bind(key).execute(&mut *connection).await?;
+        sqlx::query("SELECT pg_try_advisory_lock($1)").bind(key).execute(&mut *connection).await?;
         let first: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
         sqlx::query("SELECT set_config('tidewire.probe', $1, false)")
             .bind(key.to_string())

@@ -86,3 +86,45 @@ async fn leaders_and_writers_are_no_strangers_to_the_relays_locks() {
     assert_eq!((a.metrics().foreign_locks.get(), b.metrics().foreign_locks.get()), (0, 0));
     sqlx::raw_sql("COMMIT").execute(&mut writer).await.unwrap();
 }
+
+/// Found by trying what the runbook says: a node asked for a function more than it grants, and could not connect at all.
+#[tokio::test]
+async fn a_node_needs_of_the_lock_functions_what_the_runbook_grants() {
+    let server = own_server().await;
+    let mut superuser = PgConnection::connect(&server.url("postgres")).await.unwrap();
+    let url = server.url("hardened");
+    let (_, given) = url.split_once("//").unwrap();
+    let (given, _) = given.split_once('@').unwrap();
+    let (user, password) = given.split_once(':').unwrap_or((given, "x"));
+    for statement in [
+        format!("CREATE ROLE node LOGIN PASSWORD '{password}'"),
+        format!("CREATE ROLE writer LOGIN PASSWORD '{password}'"),
+        "CREATE DATABASE hardened OWNER node".to_owned(),
+    ] {
+        sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut superuser).await.unwrap();
+    }
+    let runbook = include_str!("../../docs/RUNBOOK.md");
+    let from = runbook.find("REVOKE EXECUTE ON FUNCTION pg_advisory_lock").unwrap();
+    let (statements, _) = runbook[from..].split_once("```").unwrap();
+    let statements = statements.replace("<the role of tidewire's nodes>", "node");
+    let mut superuser = PgConnection::connect(&url).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut superuser).await.unwrap();
+
+    let url_of = |role: &str| url.replacen(&format!("//{user}"), &format!("//{role}"), 1);
+    let url = url_of("node");
+    let cluster = TestCluster::over(&url, 1, |_| {}).await;
+    let mut client = cluster.node(0).client("orders").await;
+    cluster.run("GRANT INSERT ON orders TO writer").await;
+    let mut writer = PgConnection::connect(&url_of("writer")).await.unwrap();
+    let refused = sqlx::query("SELECT pg_advisory_lock($1)").bind(LEADER_LOCK).execute(&mut writer).await.unwrap_err();
+    assert!(refused.to_string().contains("permission denied"), "{refused}");
+    // The relay parks, and the writer has to see that.
+    for id in 1..=2 {
+        cluster.node(0).parked().await;
+        sqlx::query("INSERT INTO orders (id) VALUES ($1)").bind(id).execute(&mut writer).await.unwrap();
+        client.expect_keys(id..=id).await;
+    }
+    let findings = examine(&Database::new(&url, None, "doctor", 2).unwrap()).await;
+    let denied: Vec<_> = findings.iter().filter(|finding| finding.what.contains("permission denied")).collect();
+    assert!(denied.is_empty(), "{denied:#?}");
+}
