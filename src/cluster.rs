@@ -5,7 +5,7 @@
 //!
 //! **Connections that are gone and still count.** Those of a node that died count until it is no longer fresh, those of
 //! one that drains until its next heartbeat; their clients come to the other nodes at once. Over HTTP they are answered
-//! 429 and come back. A client that authenticates by message would be closed with 4429, which tells it to stop: so it
+//! 429 and come back. A client that authenticates by message would be closed with 4429 and lose its connection: so it
 //! waits ([`ConnectionLimiter::acquire`]) until the counts are true.
 //!
 //! **How far a limit can be exceeded.** Another node sees a connection after its node's next heartbeat and its own one

@@ -179,7 +179,6 @@ fn remedy(code: u16) -> &'static str {
     match CloseCode::from_code(code) {
         Some(CloseCode::Unauthenticated | CloseCode::AuthTimeout) => "Give a valid API key (`tidewire keys create`)",
         Some(CloseCode::KeyRevoked | CloseCode::KeyExpired) => "Create another key with `tidewire keys create`",
-        Some(CloseCode::TooManyConnections) => "Close other connections of this key, or raise its limit",
         Some(CloseCode::Forbidden) => "Use a key with the scope that is needed",
         Some(CloseCode::Version) => "Use a client and a server of matching versions",
         _ => "Trying again unchanged would end the same way",

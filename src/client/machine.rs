@@ -375,6 +375,7 @@ impl Machine {
 
     /// The connection ended or could not be made. `dice` in 0..1 draws the wait.
     pub(super) fn lost(&mut self, cause: Disconnect, now: Instant, dice: f64, rewind: Rewind<'_>) -> Next {
+        let asked = self.wait_of_error(&cause);
         let cause = self.explained(cause);
         let drained = matches!(&self.link, Link::Open { slot: Some(_), .. });
         self.link = Link::Down;
@@ -387,7 +388,7 @@ impl Machine {
         }
         let jitter = self.backoff.next_wait(dice);
         let wait = if drained { Duration::ZERO } else { jitter };
-        let wait = wait.max(cause.retry_after().unwrap_or_default().min(MAX_RETRY_AFTER));
+        let wait = wait.max(cause.retry_after().or(asked).unwrap_or_default().min(MAX_RETRY_AFTER));
         let attempts = self.backoff.attempts();
         let limit = if self.welcomed { self.attempts.unwrap_or(u32::MAX) } else { self.first_attempts };
         if attempts > limit {
@@ -406,6 +407,12 @@ impl Machine {
             }
         }
         Next::ConnectAfter(wait)
+    }
+
+    /// The wait that the error before a close asks for.
+    fn wait_of_error(&self, cause: &Disconnect) -> Option<Duration> {
+        let error = self.last_error.as_ref().filter(|_| matches!(cause, Disconnect::Closed { .. }));
+        error.and_then(|error| error.retry_after_ms).map(Duration::from_millis)
     }
 
     /// A close frame says little; the `error` before it says why.

@@ -83,7 +83,7 @@ close_codes! {
     /// No `auth` message in time.
     AuthTimeout = 4408, "authentication timeout", Stop;
     /// The key has too many connections.
-    TooManyConnections = 4429, "too many connections for this key", Stop;
+    TooManyConnections = 4429, "too many connections for this key", Resume;
     /// The key was revoked.
     KeyRevoked = 4440, "key revoked", Stop;
     /// The key expired.

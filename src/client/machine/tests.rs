@@ -266,6 +266,16 @@ fn the_servers_wish_to_wait_is_granted_within_reason() {
     assert_eq!(Script::live(5).lose(http(86_400), 0.0).0, Next::ConnectAfter(MAX_RETRY_AFTER));
 }
 
+/// Found in review: a key's limit of connections passes with time, and its error says so, but the close said stop.
+#[test]
+fn a_client_over_its_keys_limit_waits_as_asked_and_comes_back() {
+    let mut script = Script::live(5);
+    script.say(r#"{"type":"error","code":"rate_limited","message":"full","retry":"backoff","retry_after_ms":5000}"#);
+    assert_eq!(script.lose(closed(4429), 0.0).0, Next::ConnectAfter(5 * SECOND));
+    // What the error asked for counts once.
+    assert!(matches!(script.lose(closed(4429), 0.0).0, Next::ConnectAfter(wait) if wait < 5 * SECOND));
+}
+
 #[test]
 fn a_close_that_says_stop_is_final_and_its_error_tells_why() {
     let mut script = Script::live(5);
