@@ -32,8 +32,8 @@ pub fn router(context: Arc<Context>) -> Router {
     let router = router.merge(failpoints::routes());
     router
         // HEAD would run GET's handler, open what nobody reads and use up a ticket.
-        .route("/v1/ws", get(ws::upgrade).head(get_only))
-        .route("/v1/sse", get(sse::stream).head(get_only))
+        .route("/v1/ws", get(ws::upgrade).head(get_only).fallback(get_only))
+        .route("/v1/sse", get(sse::stream).head(get_only).fallback(get_only))
         .route("/v1/tickets", post(tickets::issue))
         .route("/health", get(health::health))
         .route("/livez", get(health::live))

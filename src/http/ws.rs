@@ -17,7 +17,9 @@ use crate::http::credentials;
 use crate::http::handshake::Handshake;
 use crate::http::problem::Problem;
 use crate::http::query::Query;
+use crate::protocol::SUBPROTOCOL;
 use crate::protocol::close::CloseCode;
+use crate::protocol::error::{ErrorCode, WireError};
 use crate::session::live::Session;
 use crate::session::socket::Pieces;
 use crate::session::{Context, socket};
@@ -84,8 +86,12 @@ async fn socket(context: &Context, upgraded: Upgraded, pieces: Pieces) -> Socket
 }
 
 async fn close_version(mut socket: Socket) {
+    let what = format!("no offered version is served: offer {SUBPROTOCOL} in Sec-WebSocket-Protocol");
+    let error = socket::error_text(WireError::never(ErrorCode::Unsupported, what));
     // Whoever has gone need not be told.
-    let _ = socket.send(socket::close_frame(CloseCode::Version)).await;
+    if socket.feed(error).await.is_ok() {
+        let _ = socket.send(socket::close_frame(CloseCode::Version)).await;
+    }
 }
 
 /// A node that drains or is full sends newcomers elsewhere.

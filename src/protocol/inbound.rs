@@ -180,6 +180,7 @@ fn short(field: &str, name: &str, least: usize) -> Result<(), Fault> {
     if (least..=MAX_ID_CHARS).contains(&name.chars().count()) {
         return Ok(());
     }
+    let least = least.max(1);
     Err(Fault::Form(format!("{field} has {least} to {MAX_ID_CHARS} characters")))
 }
 
@@ -223,8 +224,12 @@ fn sync(text: &str) -> Result<ClientMessage, Fault> {
     let timeout_ms = match timeout_ms.map(RawValue::get) {
         None => None,
         Some(number) if number.starts_with(|c: char| c == '-' || c.is_ascii_digit()) => {
-            let what = || "timeout_ms is a whole number of milliseconds, 0 or more".to_owned();
-            Some(number.parse::<u64>().map_err(|_| Fault::Sync { tx: tx.clone(), what: what() })?)
+            if !number.bytes().all(|byte| byte.is_ascii_digit()) {
+                let what = "timeout_ms is a whole number of milliseconds, written in digits alone".to_owned();
+                return Err(Fault::Sync { tx, what });
+            }
+            // However large: what is above the longest wait counts as that.
+            Some(number.parse().unwrap_or(u64::MAX))
         }
         Some(_) => return Err(Fault::Form("timeout_ms is a number".to_owned())),
     };

@@ -330,6 +330,13 @@ pub fn close_frame(code: CloseCode) -> Message {
     Message::Close(Some(CloseFrame { code: code.code().into(), reason: Utf8Bytes::from_static(code.reason()) }))
 }
 
+/// An error that ends the connection, which comes before the close frame.
+#[must_use]
+pub fn error_text(error: WireError) -> Message {
+    let WireError { code, message, retry, retry_after_ms } = error;
+    Message::Text(text_of(&ServerMessage::Error { id: None, tx: None, code, message, retry, retry_after_ms }).into())
+}
+
 /// A message as it stands on the wire.
 #[must_use]
 pub fn text_of(message: &ServerMessage) -> String {

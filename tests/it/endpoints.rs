@@ -36,6 +36,11 @@ async fn only_a_version_that_nobody_speaks_is_closed_with_4406() {
     // The library refuses an answer without the protocol that it offered, as the RFC says: so look at the bytes.
     let offered = [("sec-websocket-protocol", "tidewire.v9.json")];
     let mut raw = Raw::connect(cluster.node(0).address(), "/v1/ws", &offered).await;
+    // Found in review: it was closed without a word of why.
+    let error = raw.json().await;
+    let (kind, code, retry) = (&error["type"], &error["code"], &error["retry"]);
+    assert_eq!((kind, code, retry), (&json!("error"), &json!("unsupported"), &json!("never")));
+    assert!(error["message"].as_str().unwrap().contains("tidewire.v1.json"), "{error}");
     assert_eq!(raw.closed().await, 4406);
 }
 

@@ -120,7 +120,8 @@ async fn only_the_request_that_opens_a_stream_uses_up_its_ticket() {
         let answer = ask(method, node.address(), target, headers).await;
         assert_eq!(answer.status, status, "{method} {target}");
         if status == 405 {
-            assert!(answer.header("allow").is_some_and(|allow| allow.contains("GET")), "{method} {target}: {answer:?}");
+            // Found in review: HEAD was named, too.
+            assert_eq!(answer.header("allow"), Some("GET"), "{method} {target}");
         }
         assert_eq!(node.context().connections.load(std::sync::atomic::Ordering::Relaxed), 0, "{method} {target}");
     }
@@ -135,7 +136,13 @@ async fn a_query_that_is_too_long_is_answered_not_cut() {
     let cluster = TestCluster::start(1).await;
     let filter = format!("note%20=%20'{}'", "x".repeat(20_000));
     let answer = open(cluster.node(0), &cluster.key, &format!("table=orders&where={filter}"), &[]).await;
-    assert!([414, 431].contains(&answer.status), "{}", answer.status);
+    assert_eq!(answer.status, 431);
+    // Fields of the head are limited, too: 100, of which the request has its own.
+    let names: Vec<String> = (0..150).map(|number| format!("x-{number}")).collect();
+    for (fields, status) in [(90, 200), (150, 431)] {
+        let fields: Vec<_> = names.iter().take(fields).map(|name| (name.as_str(), "1")).collect();
+        assert_eq!(ask("GET", cluster.node(0).address(), "/livez", &fields).await.status, status);
+    }
     let filter = format!("note%20=%20'{}'", "x".repeat(5_000));
     let mut stream = open(cluster.node(0), &cluster.key, &format!("table=orders&where={filter}"), &[]).await;
     assert_eq!(stream.expect("error").await.data["code"], "too_large");

@@ -144,9 +144,15 @@ fn a_value_that_means_nothing_is_answered_by_name() {
     ] {
         assert!(matches!(from_of(from), Err(Fault::Subscribe { id, .. }) if id == "a"), "{from}");
     }
-    for timeout in ["-1", "1.5", "1e400", "1e3", "99999999999999999999"] {
+    for timeout in ["-1", "1.5", "1e400", "1e3", "1.0", "-0"] {
         let text = format!(r#"{{"type":"sync","tx":"7","timeout_ms":{timeout}}}"#);
         assert!(matches!(read(&text), Err(Fault::Sync { tx, .. }) if tx == "7"), "{timeout}");
+    }
+    // Found in review: a wait that is longer than any counts as the longest, however long the number.
+    for timeout in ["18446744073709551615", "18446744073709551616", "99999999999999999999999999"] {
+        let text = format!(r#"{{"type":"sync","tx":"7","timeout_ms":{timeout}}}"#);
+        let want = ClientMessage::Sync { tx: "7".into(), timeout_ms: Some(u64::MAX) };
+        assert_eq!(read(&text), Ok(want), "{timeout}");
     }
 }
 
