@@ -145,10 +145,13 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 /// Which statement gives the right that `message` says is missing. Asks catalogs only, which every role may read.
 async fn missing_right(pool: &PgPool, message: &str) -> Result<String, sqlx::Error> {
-    let (role, owner, is_owner, may_use): (String, Option<String>, bool, bool) = sqlx::query_as(
+    let (role, owner, is_owner, may_use, app): (String, Option<String>, bool, bool, bool) = sqlx::query_as(
         "SELECT quote_ident(current_user), quote_ident(pg_get_userbyid(relation.relowner)),
                 coalesce(pg_has_role(relation.relowner, 'USAGE'), false),
-                coalesce(has_schema_privilege(schema.oid, 'USAGE'), false)
+                coalesce(has_schema_privilege(schema.oid, 'USAGE'), false),
+                -- Without CREATEROLE the migration made no such role, or one of another database has nothing here.
+                coalesce((SELECT has_schema_privilege(app.oid, schema.oid, 'USAGE')
+                          FROM pg_catalog.pg_roles app WHERE app.rolname = 'tidewire_app'), false)
          FROM (SELECT 1) AS one
          LEFT JOIN pg_catalog.pg_namespace schema ON schema.nspname = 'tidewire'
          LEFT JOIN pg_catalog.pg_class relation ON relation.relnamespace = schema.oid AND relation.relname = 'outbox'",
@@ -156,10 +159,33 @@ async fn missing_right(pool: &PgPool, message: &str) -> Result<String, sqlx::Err
     .fetch_one(pool)
     .await?;
     let owner = owner.unwrap_or_else(|| "tidewire_owner".to_owned());
-    Ok(remedy(message, &role, &owner, is_owner, may_use))
+    let emitting = if app { Emitting::Role } else { Emitting::Functions };
+    Ok(remedy(message, &role, &owner, is_owner, may_use, emitting))
 }
 
-fn remedy(message: &str, role: &str, owner: &str, is_owner: bool, may_use: bool) -> String {
+/// What a role needs to write domain events, set by how the schema was migrated.
+#[derive(Clone, Copy, Debug)]
+enum Emitting {
+    /// Membership in `tidewire_app`.
+    Role,
+    /// The rights themselves, as that role is not there or has no rights in this database.
+    Functions,
+}
+
+impl Emitting {
+    fn grant(self, role: &str) -> String {
+        match self {
+            Self::Role => format!("GRANT tidewire_app TO {role};"),
+            Self::Functions => format!(
+                "GRANT USAGE ON SCHEMA tidewire TO {role}; GRANT EXECUTE ON FUNCTION \
+                 tidewire.emit(text, text, text, json, json), tidewire.emit(text, text, text, jsonb, jsonb), \
+                 tidewire.emit(text, text, text, text, json) TO {role};"
+            ),
+        }
+    }
+}
+
+fn remedy(message: &str, role: &str, owner: &str, is_owner: bool, may_use: bool, emitting: Emitting) -> String {
     if let Some(table) = message.strip_prefix("must be owner of ") {
         return format!(
             "A table is tracked by its owner: run this as the owner of {table}, or have a superuser run: GRANT <that owner> TO {role};"
@@ -174,8 +200,9 @@ fn remedy(message: &str, role: &str, owner: &str, is_owner: bool, may_use: bool)
     {
         return format!(
             "To track its own tables, {role} needs, from a member of {owner}: SELECT tidewire.grant_tracking('{}'); to \
-             administer or run nodes: GRANT {owner} TO {role}; to write events with tidewire.emit(): GRANT tidewire_app TO {role};",
-            role.replace('\'', "''")
+             administer or run nodes: GRANT {owner} TO {role}; to write events with tidewire.emit(): {}",
+            role.replace('\'', "''"),
+            emitting.grant(role)
         );
     }
     format!("A superuser or a member of {owner} can run: GRANT {owner} TO {role};")
@@ -187,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_missing_right_comes_with_the_statement_that_gives_it() {
-        let of = |message| remedy(message, "app", "tidewire_owner", false, false);
+        let of = |message| remedy(message, "app", "tidewire_owner", false, false, Emitting::Role);
         assert!(of("permission denied for schema tidewire").contains("GRANT tidewire_app TO app;"));
         assert!(of("permission denied for function track").contains("SELECT tidewire.grant_tracking('app');"));
         assert!(of("permission denied for table api_keys").ends_with("GRANT tidewire_owner TO app;"));

@@ -86,7 +86,8 @@ pub async fn run(args: TrackArgs) -> anyhow::Result<()> {
     .bind(args.deferred)
     .bind(args.replica)
     .execute(&pool);
-    let warnings = told(&pool, work).await?;
+    let mut warnings = told(&pool, work).await?;
+    warnings.extend(hidden_by_row_security(&pool, &args.table).await?);
     answer(&pool, &args.table, true, &warnings, args.json).await
 }
 
@@ -110,6 +111,24 @@ fn parts(name: &TableName) -> anyhow::Result<(String, String)> {
         bail!("{name} is a domain event: domain events need no tracking, they come from tidewire.emit()");
     };
     Ok((schema.into_owned(), table.into_owned()))
+}
+
+/// Why a key may see nothing of the table, though its scopes name it.
+async fn hidden_by_row_security(pool: &PgPool, name: &TableName) -> anyhow::Result<Option<String>> {
+    let (schema, table) = parts(name)?;
+    let row_security: bool = sqlx::query_scalar(
+        "SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = format('%I.%I', $1::text, $2::text)::regclass",
+    )
+    .bind(schema)
+    .bind(table)
+    .fetch_one(pool)
+    .await?;
+    Ok(row_security.then(|| {
+        format!(
+            "table {name} has row level security: only keys with a row condition for it may read it, `*` leaves it out for all \
+             others; make one with: tidewire keys create --table {name} --condition …"
+        )
+    }))
 }
 
 /// The warnings that came with the answer.

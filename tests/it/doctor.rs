@@ -180,6 +180,13 @@ async fn the_commands_work_from_an_empty_database_on() {
     assert_eq!((&tables[1]["table"], &tables[1]["channel"]), (&"public.orders".into(), &"cdc_orders".into()));
     assert_eq!((&tables[0]["key"][0], &tables[0]["before_image"]), (&"a".into(), &false.into()));
 
+    // Found in review: nothing said why keys see nothing of such a table.
+    run(&db, "CREATE TABLE secured (id int PRIMARY KEY); ALTER TABLE secured ENABLE ROW LEVEL SECURITY").await;
+    let secured = answer(&db, &["track", "secured", "--json"]).await;
+    let warning = secured["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("row level security") && warning.contains("--condition"), "{secured}");
+    answer(&db, &["untrack", "secured", "--json"]).await;
+
     let unknown = tidewire(&db, &["track", "nothing"]).await;
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("does not exist"), "{unknown:?}");
 

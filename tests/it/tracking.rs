@@ -358,6 +358,35 @@ async fn ddl_rings_for_tracked_tables_only_and_never_when_writers_may_not_notify
     }
 }
 
+/// Found in review: where the schema was migrated without CREATEROLE, the GRANT that was printed gave nothing.
+#[tokio::test]
+async fn a_printed_grant_gives_the_right_to_emit() {
+    const EMIT: &str =
+        "SELECT tidewire.emit('order', '1', 'paid', '{}'), tidewire.emit('order', '1', 'paid', '{}'::jsonb)";
+    for (with_role, before) in [
+        (true, "SELECT 1"),
+        (
+            false,
+            "REVOKE ALL ON SCHEMA tidewire FROM tidewire_app; REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tidewire FROM tidewire_app",
+        ),
+    ] {
+        let database = database().await;
+        run(&database.pool, before).await;
+        let (role, options) = role(&database.pool, &database.url, "emits").await;
+        let app = PgPool::connect_with(options.clone()).await.unwrap();
+        let error = sqlx::query(EMIT).execute(&app).await.unwrap_err();
+        let message = tidewire::cli::connect::explained(&app, error).await.to_string();
+        let (_, grant) = message.split_once("with tidewire.emit(): ").expect(&message);
+        assert_eq!(grant.contains("tidewire_app"), with_role, "{message}");
+        run(&database.pool, grant).await;
+        app.close().await;
+        let app = PgPool::connect_with(options).await.unwrap();
+        run(&app, EMIT).await;
+        app.close().await;
+        run(&database.pool, &format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    }
+}
+
 /// A login role of this database's own, and how to connect as it.
 async fn role(pool: &PgPool, url: &str, suffix: &str) -> (String, PgConnectOptions) {
     let database = strings(pool, "SELECT current_database()::text").await.remove(0);
