@@ -22,11 +22,17 @@ const FINAL: &[&str] = &[
     "42704", // undefined_object: an unknown setting in the URL's options
 ];
 
+/// PgBouncer, with its own settings, about what only a server knows.
+const POOLER_SAYS: &str = "unsupported startup parameter";
+
 fn is_final(error: &Error) -> bool {
     match error {
-        Error::Database(answer) => answer.code().is_some_and(|code| FINAL.contains(&code.as_ref())),
+        Error::Database(answer) => {
+            answer.code().is_some_and(|code| FINAL.contains(&code.as_ref())) || answer.message().contains(POOLER_SAYS)
+        }
         // The server speaks no TLS though it is demanded, or its certificate is not trusted.
         Error::Tls(_) | Error::Configuration(_) => true,
+        Error::Io(cause) => is_certificate(cause),
         _ => false,
     }
 }
@@ -43,7 +49,8 @@ pub(super) fn shown(error: &Error) -> String {
                 None => said.to_owned(),
             }
         }
-        Error::Tls(cause) => format!("TLS: {cause}. Check sslmode in the URL, and the server's ssl and certificate"),
+        Error::Tls(cause) => tls(&cause.to_string()),
+        Error::Io(cause) if is_certificate(cause) => tls(&cause.to_string()),
         Error::Io(cause) => match cause.kind() {
             std::io::ErrorKind::ConnectionRefused => {
                 format!("{cause}. Is the server running, and are host and port right?")
@@ -55,8 +62,54 @@ pub(super) fn shown(error: &Error) -> String {
     }
 }
 
+/// rustls reports a certificate that it refuses as the failure of the handshake's reads and writes.
+fn is_certificate(cause: &std::io::Error) -> bool {
+    cause.kind() == std::io::ErrorKind::InvalidData && cause.to_string().contains("certificate")
+}
+
+fn tls(cause: &str) -> String {
+    format!("TLS: {cause}. {}", tls_remedy(cause))
+}
+
+fn tls_remedy(cause: &str) -> &'static str {
+    for (word, remedy) in TLS_REMEDIES {
+        if cause.contains(word) {
+            return remedy;
+        }
+    }
+    "Check sslmode in the URL, and the server's ssl and certificate"
+}
+
+/// By the word in what rustls says.
+const TLS_REMEDIES: &[(&str, &str)] = &[
+    (
+        "UnsupportedCertVersion",
+        "The server's certificate is X.509 version 1, which this program cannot read whatever the sslmode: give the server one of version 3 (openssl x509 -req with -extfile, or openssl req -x509 -addext subjectAltName=DNS:…), or, on a network that you trust, connect with sslmode=disable",
+    ),
+    (
+        "CaUsedAsEndEntity",
+        "The server shows a certificate authority's certificate as its own, as a self-signed one is by default: issue it with basicConstraints=CA:FALSE (openssl req -x509 -addext basicConstraints=critical,CA:FALSE), sign one with that authority, or use sslmode=require, which does not verify it",
+    ),
+    (
+        "UnknownIssuer",
+        "Nobody known here has signed the server's certificate: name the authority's certificate as sslrootcert in the URL, or use sslmode=require, which does not verify it",
+    ),
+    (
+        "NotValidForName",
+        "The server's certificate is for another name: connect by a name in its subjectAltName, or use sslmode=verify-ca, which does not compare it",
+    ),
+    (
+        "not valid for name",
+        "The server's certificate is for another name: connect by a name in its subjectAltName, or use sslmode=verify-ca, which does not compare it",
+    ),
+    ("xpired", "Renew the server's certificate, or set the clock of this host"),
+];
+
 fn remedy(code: &str, said: &str) -> Option<&'static str> {
     Some(match code {
+        _ if said.contains(POOLER_SAYS) => {
+            "This is a pooler: database_url must be the server's own address, the pooler's goes to --pooled-url"
+        }
         "28P01" => "Check user and password in the URL",
         "28000" if said.contains("pg_hba.conf") => {
             "Let this host in: a line in the server's pg_hba.conf, then SELECT pg_reload_conf();"
@@ -83,7 +136,26 @@ mod tests {
         }
         let refused = Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
         assert!(!is_final(&refused) && shown(&refused).contains("Is the server running"));
+        let cut = std::io::Error::new(std::io::ErrorKind::InvalidData, "received corrupt message");
+        assert!(!is_final(&Error::Io(cut)));
         assert!(is_final(&Error::Tls("server does not support TLS".into())));
+    }
+
+    /// As rustls words them. Found in review: neither the cause nor the remedy was named.
+    #[test]
+    fn a_refused_certificate_has_its_remedy() {
+        for (cause, remedy) in [
+            ("Other(OtherError(UnsupportedCertVersion))", "version 3"),
+            ("Other(OtherError(CaUsedAsEndEntity))", "CA:FALSE"),
+            ("UnknownIssuer", "sslrootcert"),
+            ("certificate not valid for name \"h\"", "verify-ca"),
+            ("certificate expired: verification time …", "Renew"),
+        ] {
+            let said = format!("invalid peer certificate: {cause}");
+            let refused = Error::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, said));
+            assert!(is_final(&refused), "{cause}");
+            assert!(shown(&refused).contains(remedy), "{}", shown(&refused));
+        }
     }
 
     #[test]
