@@ -330,7 +330,7 @@ impl Leader<'_> {
         self.relay.metrics.relay_torn_claims_total.inc();
         if self.torn_reported.is_none_or(|at| at.elapsed() > TORN_REPORT_INTERVAL) {
             self.torn_reported = Some(Instant::now());
-            let holders = answered(self.relay.options.lease, outbox_lock_holders(self.connection)).await??;
+            let holders = answered(self.relay.options.lease, outbox_lock_holders(&mut *self.connection)).await??;
             tracing::warn!(
                 ?holders,
                 "somebody holds a row lock on the outbox: what follows it waits; end that session"

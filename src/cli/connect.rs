@@ -3,7 +3,6 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use sqlx::PgPool;
 use tracing::Level;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -11,6 +10,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use crate::config::Settings;
 use crate::dev::{self, ClusterName};
 use crate::postgres::Database;
+use crate::postgres::Pool;
 use crate::telemetry::tracing::{NoticeLayer, with_notices};
 
 /// Connections of a command.
@@ -102,6 +102,8 @@ impl DatabaseArgs {
     /// When no database is named or none is reached, with what to do.
     pub async fn database(&self, reader: Reader) -> anyhow::Result<Database> {
         let database = self.named(reader)?;
+        // A pooler first: what the rest does to its sessions would meet other people's statements.
+        database.probe().await?;
         database.renew().await?;
         Ok(database)
     }
@@ -110,7 +112,7 @@ impl DatabaseArgs {
     ///
     /// # Errors
     /// As [`DatabaseArgs::database`].
-    pub async fn pool(&self, reader: Reader) -> anyhow::Result<PgPool> {
+    pub async fn pool(&self, reader: Reader) -> anyhow::Result<Pool> {
         Ok(self.database(reader).await?.pool())
     }
 }
@@ -123,7 +125,7 @@ pub async fn heard<F: Future>(work: F) -> (F::Output, Vec<(Level, String)>) {
 }
 
 /// What Postgres said, with its hint; where a right is missing, with the statement that gives it.
-pub async fn explained(pool: &PgPool, error: sqlx::Error) -> anyhow::Error {
+pub async fn explained(pool: &Pool, error: sqlx::Error) -> anyhow::Error {
     let sqlx::Error::Database(database) = &error else { return error.into() };
     let Some(postgres) = database.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() else { return error.into() };
     let message = postgres.message();
@@ -144,7 +146,7 @@ pub async fn explained(pool: &PgPool, error: sqlx::Error) -> anyhow::Error {
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
 /// Which statement gives the right that `message` says is missing. Asks catalogs only, which every role may read.
-async fn missing_right(pool: &PgPool, message: &str) -> Result<String, sqlx::Error> {
+async fn missing_right(pool: &Pool, message: &str) -> Result<String, sqlx::Error> {
     let (role, owner, is_owner, may_use, app): (String, Option<String>, bool, bool, bool) = sqlx::query_as(
         "SELECT quote_ident(current_user), quote_ident(pg_get_userbyid(relation.relowner)),
                 coalesce(pg_has_role(relation.relowner, 'USAGE'), false),

@@ -10,11 +10,11 @@ mod traffic;
 use std::fmt::Write as _;
 
 use anyhow::bail;
-use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
 use crate::dev::shell::pasteable;
+use crate::postgres::Pool;
 use crate::postgres::{ConnectError, Database};
 
 /// Check the database and say what to run
@@ -104,6 +104,7 @@ pub async fn examine(database: &Database) -> Vec<Finding> {
         Err(error @ ConnectError::Pooler(_)) => {
             let found = Finding::problem("connection", error.to_string());
             findings.push(found.run("give the server's own address as --database-url"));
+            return findings;
         }
         Err(error) => {
             findings.push(Finding::problem("connection", error.to_string()));
@@ -144,7 +145,7 @@ fn unasked(check: &'static str, error: &sqlx::Error) -> Finding {
 }
 
 /// Gives the rows of `sql`, which has no arguments.
-async fn rows(pool: &PgPool, sql: &'static str) -> Result<Vec<sqlx::postgres::PgRow>, sqlx::Error> {
+async fn rows(pool: &Pool, sql: &'static str) -> Result<Vec<sqlx::postgres::PgRow>, sqlx::Error> {
     sqlx::query(sql).fetch_all(pool).await
 }
 

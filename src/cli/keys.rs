@@ -12,13 +12,13 @@ use anyhow::{Context, bail};
 use chrono::{DateTime, TimeDelta, Utc};
 use clap::{Args, Subcommand};
 use serde_json::json;
-use sqlx::PgPool;
 
 use crate::auth::key::{ApiKey, KeyId};
 use crate::auth::scope::{DEFAULT_MAX_CONNECTIONS, OpSet, Scopes, TableScope};
 use crate::auth::store::{self, CreateKeyError, KeyInfo, Revocation};
 use crate::cli::connect::explained;
 use crate::event::Operation;
+use crate::postgres::Pool;
 use crate::table_name::TablePattern;
 
 pub use self::check::{Findings, check};
@@ -106,7 +106,7 @@ struct Create {
 /// # Errors
 /// Scopes that cannot be, an unknown key, Postgres away, a closed standard output.
 #[expect(clippy::disallowed_methods, reason = "the edge: ages are shown by the clock on the wall")]
-pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
+pub async fn run(args: KeysArgs, pool: &Pool) -> anyhow::Result<()> {
     let mut out = Vec::new();
     match args.command {
         Command::Create(create) => self::create(&create, args.json, pool, &mut out).await?,
@@ -130,7 +130,7 @@ pub async fn run(args: KeysArgs, pool: &PgPool) -> anyhow::Result<()> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "the edge: a life in days begins now")]
-async fn create(create: &Create, json: bool, pool: &PgPool, out: &mut impl Write) -> anyhow::Result<()> {
+async fn create(create: &Create, json: bool, pool: &Pool, out: &mut impl Write) -> anyhow::Result<()> {
     let scopes = create.scopes()?;
     let found = match check(pool, &scopes).await {
         Err(error) => {

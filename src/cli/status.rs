@@ -7,10 +7,10 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::PgPool;
 
 use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
+use crate::postgres::Pool;
 use crate::postgres::locks::{ForeignLock, foreign_locks};
 use crate::postgres::registry::{self, NodeInfo};
 use crate::relay::{LEADER_LOCK, PARK_LOCK};
@@ -112,7 +112,7 @@ pub async fn run(args: StatusArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Postgres away, or without Tidewire's schema.
-pub async fn read(pool: &PgPool) -> Result<Status, sqlx::Error> {
+pub async fn read(pool: &Pool) -> Result<Status, sqlx::Error> {
     Ok(Status {
         leader: leader(pool).await?,
         epoch: sqlx::query_scalar("SELECT coalesce(max(epoch), 0) FROM tidewire.epochs").fetch_one(pool).await?,
@@ -128,7 +128,7 @@ pub async fn read(pool: &PgPool) -> Result<Status, sqlx::Error> {
 ///
 /// # Errors
 /// Postgres away, or without Tidewire's schema.
-pub async fn leader(pool: &PgPool) -> Result<Option<Leader>, sqlx::Error> {
+pub async fn leader(pool: &Pool) -> Result<Option<Leader>, sqlx::Error> {
     // A bigint key stands in pg_locks as two halves, with objsubid 1.
     sqlx::query_as(
         "WITH held AS (
@@ -151,7 +151,7 @@ pub async fn leader(pool: &PgPool) -> Result<Option<Leader>, sqlx::Error> {
 ///
 /// # Errors
 /// Postgres away, or without Tidewire's schema.
-pub async fn foreign(pool: &PgPool) -> Result<Vec<ForeignLock>, sqlx::Error> {
+pub async fn foreign(pool: &Pool) -> Result<Vec<ForeignLock>, sqlx::Error> {
     let mut found = foreign_locks(pool, LEADER_LOCK, PARK_LOCK).await?;
     if !found.is_empty() {
         // A leader that has not begun its term yet is none.
@@ -162,7 +162,7 @@ pub async fn foreign(pool: &PgPool) -> Result<Vec<ForeignLock>, sqlx::Error> {
     Ok(found)
 }
 
-async fn log(pool: &PgPool) -> Result<Log, sqlx::Error> {
+async fn log(pool: &Pool) -> Result<Log, sqlx::Error> {
     sqlx::query_as(
         "SELECT coalesce(min(seq), 0) AS oldest, coalesce(max(seq), 0) AS newest,
                 (SELECT relayed_at FROM tidewire.event_log ORDER BY seq DESC LIMIT 1) AS newest_at,
@@ -179,7 +179,7 @@ async fn log(pool: &PgPool) -> Result<Log, sqlx::Error> {
 ///
 /// # Errors
 /// Postgres away, or without Tidewire's schema.
-pub async fn outbox(pool: &PgPool) -> Result<Outbox, sqlx::Error> {
+pub async fn outbox(pool: &Pool) -> Result<Outbox, sqlx::Error> {
     sqlx::query_as(
         "SELECT count(*) AS events,
                 coalesce(extract(epoch FROM clock_timestamp() - min(created_at)) * 1000, 0)::bigint AS lag_ms

@@ -2,10 +2,9 @@
 
 use std::fmt::Write as _;
 
-use sqlx::PgPool;
-
 use crate::cli::connect::{DatabaseArgs, Reader, explained};
 use crate::cli::{print, print_json};
+use crate::postgres::Pool;
 
 /// List the tracked tables with their options and health
 #[derive(clap::Args, Clone, Debug)]
@@ -75,7 +74,7 @@ pub async fn run(args: TablesArgs) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Postgres away, or without Tidewire's schema.
-pub async fn tracked_tables(pool: &PgPool) -> Result<Vec<TrackedTable>, sqlx::Error> {
+pub async fn tracked_tables(pool: &Pool) -> Result<Vec<TrackedTable>, sqlx::Error> {
     sqlx::query_as(
         "SELECT coalesce(tidewire.table_text(t.relid), t.table_name) AS table, t.key_columns AS key,
                 coalesce((coalesce(o.options, t.fingerprint -> 'options') -> 'primary')::boolean, false) AS primary, t.columns,

@@ -1,11 +1,11 @@
 //! `tidewire track` and `tidewire untrack`: which tables are captured, and how.
 
 use anyhow::bail;
-use sqlx::PgPool;
 use tracing::Level;
 
 use crate::cli::connect::{DatabaseArgs, Reader, explained, heard};
 use crate::cli::{print, print_json};
+use crate::postgres::Pool;
 use crate::table_name::TableName;
 
 /// Capture every change of a table from now on
@@ -132,7 +132,7 @@ async fn hidden_by_row_security(pool: &PgPool, name: &TableName) -> anyhow::Resu
 }
 
 /// The warnings that came with the answer.
-async fn told<T>(pool: &PgPool, work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::Result<Vec<String>> {
+async fn told<T>(pool: &Pool, work: impl Future<Output = Result<T, sqlx::Error>>) -> anyhow::Result<Vec<String>> {
     let (done, notices) = heard(work).await;
     if let Err(error) = done {
         return Err(explained(pool, error).await);
@@ -140,7 +140,7 @@ async fn told<T>(pool: &PgPool, work: impl Future<Output = Result<T, sqlx::Error
     Ok(notices.into_iter().filter(|(level, _)| *level <= Level::WARN).map(|(_, text)| text).collect())
 }
 
-async fn answer(pool: &PgPool, name: &TableName, tracked: bool, warnings: &[String], json: bool) -> anyhow::Result<()> {
+async fn answer(pool: &Pool, name: &TableName, tracked: bool, warnings: &[String], json: bool) -> anyhow::Result<()> {
     if json {
         return print_json(&serde_json::json!({ "table": name, "tracked": tracked, "warnings": warnings }));
     }

@@ -1,11 +1,11 @@
 //! The database of `tidewire dev`: a private server's or the user's, migrated, with a key; and who leads in it.
 
 use anyhow::Context as _;
-use sqlx::PgPool;
 
 use crate::auth::key::ApiKey;
 use crate::auth::scope::Scopes;
 use crate::auth::store;
+use crate::postgres::Pool;
 use crate::postgres::{Database, migrate};
 
 /// For the demo, the look at the leader, and the end.
@@ -27,7 +27,7 @@ pub(super) struct Leader {
 ///
 /// # Errors
 /// When there is no usable primary.
-pub(super) async fn connect(url: &str) -> anyhow::Result<PgPool> {
+pub(super) async fn connect(url: &str) -> anyhow::Result<Pool> {
     let database = Database::new(url, None, "dev", POOL_CONNECTIONS)?;
     database.probe().await?;
     database.renew().await?;
@@ -38,7 +38,7 @@ pub(super) async fn connect(url: &str) -> anyhow::Result<PgPool> {
 ///
 /// # Errors
 /// Those of the migration.
-pub(super) async fn migrate(pool: &PgPool) -> anyhow::Result<()> {
+pub(super) async fn migrate(pool: &Pool) -> anyhow::Result<()> {
     migrate::migrate(&pool.connect_options()).await.context("cannot migrate the database")?;
     Ok(())
 }
@@ -47,7 +47,7 @@ pub(super) async fn migrate(pool: &PgPool) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<ApiKey> {
+pub(super) async fn create_key(pool: &Pool) -> anyhow::Result<ApiKey> {
     let scopes = Scopes::all(KEY_CONNECTIONS);
     store::create_key(pool, KEY_NAME, &scopes, None).await.context("cannot create an API key")
 }
@@ -56,7 +56,7 @@ pub(super) async fn create_key(pool: &PgPool) -> anyhow::Result<ApiKey> {
 ///
 /// # Errors
 /// It was revoked in this database, or another one has its id; when the database fails.
-pub(super) async fn adopt_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+pub(super) async fn adopt_key(pool: &Pool, key: &ApiKey) -> anyhow::Result<()> {
     let scopes = serde_json::to_value(Scopes::all(KEY_CONNECTIONS))?;
     let usable: bool = sqlx::query_scalar(
         "WITH stored AS (
@@ -82,7 +82,7 @@ pub(super) async fn adopt_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()>
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn remove_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+pub(super) async fn remove_key(pool: &Pool, key: &ApiKey) -> anyhow::Result<()> {
     sqlx::query("DELETE FROM tidewire.api_keys WHERE key_id = $1 AND name = $2")
         .bind(key.id().as_str())
         .bind(KEY_NAME)
@@ -95,7 +95,7 @@ pub(super) async fn remove_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn revoke_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+pub(super) async fn revoke_key(pool: &Pool, key: &ApiKey) -> anyhow::Result<()> {
     store::revoke(pool, key.id()).await?;
     Ok(())
 }
@@ -105,7 +105,7 @@ pub(super) async fn revoke_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn leader(pool: &PgPool) -> sqlx::Result<Option<Leader>> {
+pub(super) async fn leader(pool: &Pool) -> sqlx::Result<Option<Leader>> {
     let row: Option<(i64, String)> = sqlx::query_as(
         "SELECT t.term, t.node
          FROM (SELECT term, node, pid, acquired_at, released_at FROM tidewire.terms ORDER BY term DESC LIMIT 1) t

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use rand::RngExt;
-use sqlx::PgPool;
 use tokio::time::sleep;
+
+use crate::postgres::Pool;
 
 /// The demo's table, as the wire names it.
 pub(super) const TABLE: &str = "public.orders";
@@ -70,7 +71,7 @@ impl Change {
 ///
 /// # Errors
 /// When a table of this name exists that is not the demo's; when the database fails.
-pub(super) async fn create(pool: &PgPool) -> anyhow::Result<()> {
+pub(super) async fn create(pool: &Pool) -> anyhow::Result<()> {
     match comment(pool).await? {
         // Several statements in one message are one transaction.
         None => sqlx::raw_sql(
@@ -100,7 +101,7 @@ pub(super) async fn create(pool: &PgPool) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// The reason, with what to do.
-pub(super) async fn possible(pool: &PgPool) -> anyhow::Result<()> {
+pub(super) async fn possible(pool: &Pool) -> anyhow::Result<()> {
     let (role, sees, may): (String, bool, bool) = sqlx::query_as(
         "SELECT quote_ident(current_user), coalesce(has_schema_privilege(n.oid, 'USAGE'), false),
                 coalesce(CASE WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')
@@ -123,7 +124,7 @@ pub(super) async fn possible(pool: &PgPool) -> anyhow::Result<()> {
 }
 
 /// Writes until dropped. A database that is away is waited for.
-pub(super) async fn write(pool: &PgPool) {
+pub(super) async fn write(pool: &Pool) {
     loop {
         let change = Change::of(rand::rng().random());
         let done = match sqlx::query(change.sql()).execute(pool).await {
@@ -141,7 +142,7 @@ pub(super) async fn write(pool: &PgPool) {
 }
 
 /// Forgets the oldest orders beyond the limit.
-async fn bound(pool: &PgPool) -> sqlx::Result<()> {
+async fn bound(pool: &Pool) -> sqlx::Result<()> {
     sqlx::query(
         "DELETE FROM public.orders
          WHERE id IN (SELECT id FROM public.orders ORDER BY id DESC OFFSET $1)",
@@ -156,7 +157,7 @@ async fn bound(pool: &PgPool) -> sqlx::Result<()> {
 ///
 /// # Errors
 /// When the database fails.
-pub(super) async fn remove(pool: &PgPool) -> anyhow::Result<()> {
+pub(super) async fn remove(pool: &Pool) -> anyhow::Result<()> {
     if comment(pool).await?.as_deref() == Some(MARK) {
         sqlx::raw_sql("SELECT tidewire.untrack('public.orders'); DROP TABLE public.orders").execute(pool).await?;
     }
@@ -164,7 +165,7 @@ pub(super) async fn remove(pool: &PgPool) -> anyhow::Result<()> {
 }
 
 /// The comment of `public.orders`, empty if it has none; `None` if there is no such table.
-async fn comment(pool: &PgPool) -> sqlx::Result<Option<String>> {
+async fn comment(pool: &Pool) -> sqlx::Result<Option<String>> {
     let found: Option<Option<String>> = sqlx::query_scalar(
         "SELECT obj_description(oid, 'pg_class') FROM pg_class WHERE oid = to_regclass('public.orders')",
     )

@@ -33,13 +33,13 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures_util::future::join_all;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use sqlx::PgPool;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::key::ApiKey;
+use crate::postgres::Pool;
 
 use self::announcement::Claim;
 pub use self::announcement::{AnnouncedNode, Announcement, ChooseError, ClusterName, choose, running};
@@ -170,7 +170,7 @@ async fn whole_run(options: DevOptions, voice: Voice, cancel: CancellationToken)
 /// What nodes stand on.
 struct Base {
     // In this order: the pool before the server, the server before its folder.
-    pool: PgPool,
+    pool: Pool,
     server: Option<PrivateServer>,
     /// Of a run without a server.
     folder: Option<RunFolder>,

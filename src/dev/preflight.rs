@@ -4,10 +4,10 @@
 //! migration checks by itself before its first change (version, rights, encoding) is left to it.
 
 use anyhow::{Context as _, bail, ensure};
-use sqlx::PgPool;
 
 use super::{DevOptions, demo};
 use crate::auth::key::ApiKey;
+use crate::postgres::Pool;
 use crate::postgres::registry;
 
 /// A node's pool and its own connections, at most (`--pool-size`, and eight beside it).
@@ -19,7 +19,7 @@ const OTHER_CONNECTIONS: i64 = 6;
 ///
 /// # Errors
 /// The first reason, with what to do.
-pub(super) async fn check(pool: &PgPool, options: &DevOptions) -> anyhow::Result<()> {
+pub(super) async fn check(pool: &Pool, options: &DevOptions) -> anyhow::Result<()> {
     writable(pool).await?;
     nobody_else(pool).await?;
     room_for_nodes(pool, options.nodes).await?;
@@ -32,7 +32,7 @@ pub(super) async fn check(pool: &PgPool, options: &DevOptions) -> anyhow::Result
     Ok(())
 }
 
-async fn writable(pool: &PgPool) -> anyhow::Result<()> {
+async fn writable(pool: &Pool) -> anyhow::Result<()> {
     let read_only: bool =
         sqlx::query_scalar("SELECT current_setting('transaction_read_only')::bool").fetch_one(pool).await?;
     ensure!(!read_only, "this database or role is read-only: ALTER ROLE … SET default_transaction_read_only = off;");
@@ -41,7 +41,7 @@ async fn writable(pool: &PgPool) -> anyhow::Result<()> {
 
 /// A second cluster with nodes of the same names would be one with the first, and a later version would migrate the
 /// first one's schema under it.
-async fn nobody_else(pool: &PgPool) -> anyhow::Result<()> {
+async fn nobody_else(pool: &Pool) -> anyhow::Result<()> {
     if !may_read(pool, "nodes").await? {
         return Ok(());
     }
@@ -56,7 +56,7 @@ async fn nobody_else(pool: &PgPool) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn room_for_nodes(pool: &PgPool, nodes: u16) -> anyhow::Result<()> {
+async fn room_for_nodes(pool: &Pool, nodes: u16) -> anyhow::Result<()> {
     let needed = i64::from(nodes) * CONNECTIONS_OF_A_NODE + OTHER_CONNECTIONS;
     let (free, whose): (i64, String) = sqlx::query_as(
         "WITH sessions AS (SELECT usesysid, datid FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend')
@@ -93,7 +93,7 @@ async fn room_for_nodes(pool: &PgPool, nodes: u16) -> anyhow::Result<()> {
 }
 
 /// A key that was revoked here would let nobody in.
-async fn usable_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
+async fn usable_key(pool: &Pool, key: &ApiKey) -> anyhow::Result<()> {
     if !may_read(pool, "api_keys").await? {
         return Ok(());
     }
@@ -113,7 +113,7 @@ async fn usable_key(pool: &PgPool, key: &ApiKey) -> anyhow::Result<()> {
 
 /// Whether the table of ours exists and may be read. Where it may not, the migration says what is missing, before its
 /// first change.
-async fn may_read(pool: &PgPool, table: &str) -> sqlx::Result<bool> {
+async fn may_read(pool: &Pool, table: &str) -> sqlx::Result<bool> {
     sqlx::query_scalar(
         "SELECT coalesce(bool_or(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')), false)
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace

@@ -21,9 +21,9 @@ use std::sync::OnceLock;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
-use sqlx::Row as _;
 use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::query::Query;
+use sqlx::{PgExecutor, Row as _};
 
 pub use self::statements::CLAIM;
 use self::statements::{PART, SET_ASIDE};
@@ -378,7 +378,7 @@ async fn take_apart<M: serde::de::DeserializeOwned>(
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn outbox_lock_holders(connection: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+pub async fn outbox_lock_holders(executor: impl PgExecutor<'_>) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "SELECT format('pid %s (%s, %s, %s)', a.pid, a.usename, a.application_name, a.state)
          FROM pg_locks l
@@ -386,7 +386,7 @@ pub async fn outbox_lock_holders(connection: &mut PgConnection) -> Result<Vec<St
          WHERE l.relation = 'tidewire.outbox'::regclass AND l.mode = 'RowShareLock' AND l.pid <> pg_backend_pid()
          LIMIT 10",
     )
-    .fetch_all(connection)
+    .fetch_all(executor)
     .await
 }
 

@@ -1,11 +1,12 @@
 //! Epochs and terms: which incarnation the log is, and who leads.
 
 use sqlx::Row as _;
-use sqlx::postgres::{PgConnection, PgPool};
+use sqlx::postgres::PgConnection;
 use uuid::Uuid;
 
 use crate::cursor::{Epoch, EpochStart, Epochs, Seq};
 use crate::postgres::Incarnation;
+use crate::postgres::Pool;
 
 /// The newest epoch as the table has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub struct EpochRow {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn epochs(pool: &PgPool) -> Result<(Epochs, Option<EpochRow>), sqlx::Error> {
+pub async fn epochs(pool: &Pool) -> Result<(Epochs, Option<EpochRow>), sqlx::Error> {
     let rows = sqlx::query("SELECT epoch, start_seq, system_identifier, timeline FROM tidewire.epochs ORDER BY epoch")
         .fetch_all(pool)
         .await?;
@@ -39,7 +40,7 @@ pub async fn epochs(pool: &PgPool) -> Result<(Epochs, Option<EpochRow>), sqlx::E
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn epoch_has_term(pool: &PgPool, epoch: Epoch) -> Result<bool, sqlx::Error> {
+pub async fn epoch_has_term(pool: &Pool, epoch: Epoch) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("SELECT EXISTS (SELECT FROM tidewire.terms WHERE epoch = $1)")
         .bind(epoch.cast_signed())
         .fetch_one(pool)
@@ -224,7 +225,7 @@ impl std::fmt::Debug for TermKey {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn term_key(pool: &PgPool, term: u64) -> Result<Option<TermKey>, sqlx::Error> {
+pub async fn term_key(pool: &Pool, term: u64) -> Result<Option<TermKey>, sqlx::Error> {
     let row = sqlx::query("SELECT epoch, feed_pid, feed_key FROM tidewire.terms WHERE term = $1")
         .bind(i64::try_from(term).unwrap_or(-1))
         .fetch_optional(pool)

@@ -4,12 +4,13 @@ use std::collections::{BTreeSet, HashMap};
 
 use futures_util::TryStreamExt as _;
 use sqlx::Row as _;
-use sqlx::postgres::{PgPool, PgRow};
+use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::row::{Interner, event, event_columns};
 use crate::cursor::Seq;
 use crate::event::Event;
+use crate::postgres::Pool;
 
 /// Where the log begins and ends. `oldest` and `newest` are 0 and 0 when it never held anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,7 +25,7 @@ pub struct Bounds {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn bounds(pool: &PgPool) -> Result<Bounds, sqlx::Error> {
+pub async fn bounds(pool: &Pool) -> Result<Bounds, sqlx::Error> {
     let row = sqlx::query("SELECT COALESCE(min(seq), 0), COALESCE(max(seq), 0) FROM tidewire.event_log")
         .fetch_one(pool)
         .await?;
@@ -46,14 +47,14 @@ const GROWTH: usize = 8;
 /// # Errors
 /// When Postgres refuses.
 pub async fn events(
-    pool: &PgPool,
+    pool: &Pool,
     after: Seq,
     through: Seq,
     limit: usize,
     max_bytes: usize,
 ) -> Result<Vec<Event>, sqlx::Error> {
     // One connection, so one server, for all of it.
-    let mut connection = pool.acquire().await?;
+    let mut held = pool.hold().await?;
     let (mut intern, mut events, mut bytes) = (Interner::default(), Vec::new(), 0);
     let mut ask = FIRST_EVENTS.min(limit);
     loop {
@@ -62,7 +63,7 @@ pub async fn events(
             .bind(events.last().map_or(after, |event: &Event| event.seq).cast_signed())
             .bind(i64::try_from(through).unwrap_or(i64::MAX))
             .bind(i64::try_from(ask).unwrap_or(i64::MAX))
-            .fetch_all(&mut *connection)
+            .fetch_all(&mut held)
             .await?;
         for row in &rows {
             let event = event(row, &mut intern)?;
@@ -70,6 +71,7 @@ pub async fn events(
             events.push(event);
         }
         if rows.len() < ask || events.len() >= limit || bytes >= max_bytes {
+            held.release().await?;
             return Ok(events);
         }
         let fit = (max_bytes - bytes) / (bytes / events.len()).max(1);
@@ -146,12 +148,7 @@ const SIZES: &str = "
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn extent(
-    pool: &PgPool,
-    after: Seq,
-    through: Seq,
-    limits: PageLimits,
-) -> Result<Option<Extent>, sqlx::Error> {
+pub async fn extent(pool: &Pool, after: Seq, through: Seq, limits: PageLimits) -> Result<Option<Extent>, sqlx::Error> {
     let mut sizes: Vec<Size> = Vec::new();
     loop {
         let from = sizes.last().map_or(after, |size| size.seq);
@@ -208,7 +205,7 @@ fn cut(sizes: &[Size], limits: PageLimits, end: bool) -> Option<Extent> {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn through(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<Event>, sqlx::Error> {
+pub async fn through(pool: &Pool, after: Seq, through: Seq) -> Result<Vec<Event>, sqlx::Error> {
     let mut rows = sqlx::query(EVENTS)
         .bind(after.cast_signed())
         .bind(i64::try_from(through).unwrap_or(i64::MAX))
@@ -225,7 +222,7 @@ pub async fn through(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<Even
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn ids(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<(Seq, Uuid)>, sqlx::Error> {
+pub async fn ids(pool: &Pool, after: Seq, through: Seq) -> Result<Vec<(Seq, Uuid)>, sqlx::Error> {
     let rows = sqlx::query("SELECT seq, event_id FROM tidewire.event_log WHERE seq > $1 AND seq <= $2 ORDER BY seq")
         .bind(after.cast_signed())
         .bind(i64::try_from(through).unwrap_or(i64::MAX))
@@ -238,7 +235,7 @@ pub async fn ids(pool: &PgPool, after: Seq, through: Seq) -> Result<Vec<(Seq, Uu
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn event_id(pool: &PgPool, seq: Seq) -> Result<Option<Uuid>, sqlx::Error> {
+pub async fn event_id(pool: &Pool, seq: Seq) -> Result<Option<Uuid>, sqlx::Error> {
     sqlx::query_scalar("SELECT event_id FROM tidewire.event_log WHERE seq = $1")
         .bind(seq.cast_signed())
         .fetch_optional(pool)
@@ -249,7 +246,7 @@ pub async fn event_id(pool: &PgPool, seq: Seq) -> Result<Option<Uuid>, sqlx::Err
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn whole_after(pool: &PgPool, seq: Seq, through: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+pub async fn whole_after(pool: &Pool, seq: Seq, through: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
     let found = sqlx::query(
         "SELECT seq, event_id FROM tidewire.event_log WHERE seq >= $1 AND seq <= $2 AND tx_end ORDER BY seq LIMIT 1",
     );
@@ -261,7 +258,7 @@ pub async fn whole_after(pool: &PgPool, seq: Seq, through: Seq) -> Result<Option
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn whole_before(pool: &PgPool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
+pub async fn whole_before(pool: &Pool, seq: Seq) -> Result<Option<(Seq, Uuid)>, sqlx::Error> {
     let found = sqlx::query(
         "SELECT seq, event_id FROM tidewire.event_log WHERE seq <= $1 AND seq > $1 - $2 AND tx_end ORDER BY seq DESC LIMIT 1",
     );
@@ -334,7 +331,7 @@ const TRANSACTIONS: &str = "
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn transactions(pool: &PgPool, xids: &BTreeSet<u64>) -> Result<Transactions, sqlx::Error> {
+pub async fn transactions(pool: &Pool, xids: &BTreeSet<u64>) -> Result<Transactions, sqlx::Error> {
     let texts: Vec<String> = xids.iter().map(u64::to_string).collect();
     let rows = sqlx::query(TRANSACTIONS).bind(&texts).bind(SYNC_SEARCH_EVENTS).fetch_all(pool).await?;
     let mut all = Transactions::default();
@@ -362,7 +359,7 @@ pub async fn transactions(pool: &PgPool, xids: &BTreeSet<u64>) -> Result<Transac
 
 /// How many of these, in order, have begun: a transaction that runs may lie beyond every snapshot. All of them or none is
 /// the rule, and found out with one or two questions.
-async fn begun_among(pool: &PgPool, xids: &[u64]) -> Result<usize, sqlx::Error> {
+async fn begun_among(pool: &Pool, xids: &[u64]) -> Result<usize, sqlx::Error> {
     let (mut low, mut high) = (0, xids.len());
     let mut next = 0;
     while low < high {
@@ -377,7 +374,7 @@ async fn begun_among(pool: &PgPool, xids: &[u64]) -> Result<usize, sqlx::Error> 
     Ok(low)
 }
 
-async fn has_begun(pool: &PgPool, xid: u64) -> Result<bool, sqlx::Error> {
+async fn has_begun(pool: &Pool, xid: u64) -> Result<bool, sqlx::Error> {
     let asked = sqlx::query("SELECT pg_xact_status($1::text::xid8)").bind(xid.to_string()).fetch_one(pool).await;
     match asked {
         Ok(_) => Ok(true),

@@ -1,10 +1,12 @@
 //! Which database a connection reached: its system identifier and live timeline.
 
 use sqlx::Row as _;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, Connection as _};
 use tokio::sync::watch;
 
-use super::ConnectError;
+use super::settings::{fit, limits};
+use super::{CONNECT_TIMEOUT, ConnectError, within};
 use crate::mutant::{self, Mutant};
 
 /// One incarnation of a database: a promotion or a restore to another point makes another.
@@ -69,18 +71,61 @@ impl Identity {
     }
 }
 
-/// Asks a connection; None from a server in recovery.
-pub(super) async fn ask(connection: &mut PgConnection) -> Result<Option<Incarnation>, sqlx::Error> {
-    // pg_walfile_name fails in recovery, hence the CASE. Every connection asks this first, so this is also where a backslash
-    // comes to mean itself, whatever the role or the database has set.
-    let row = sqlx::query(
+// pg_walfile_name fails in recovery, hence the CASE. All of it are simple queries: they leave no statement behind.
+macro_rules! question {
+    () => {
         "SELECT (SELECT system_identifier FROM pg_control_system()),
-                CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,
-                set_config('standard_conforming_strings', 'on', false)",
-    )
-    .persistent(false)
-    .fetch_one(connection)
-    .await?;
+                CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END"
+    };
+}
+
+/// What may be done to the session of a connection that is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Session {
+    /// It is ours: whatever the role or the database has set, it gets the settings that our statements rest on.
+    Ours,
+    /// Whose it is is unknown yet.
+    Untouched,
+}
+
+/// Asks a connection; None from a server in recovery.
+pub(super) async fn ask(connection: &mut PgConnection, session: Session) -> Result<Option<Incarnation>, sqlx::Error> {
+    // The isolation is stated: a serializable read-only deferrable one would wait for every writer's end.
+    let asked = match session {
+        Session::Ours => concat!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED; ",
+            question!(),
+            ", ",
+            fit!("false"),
+            ",
+                set_config('default_transaction_isolation', 'read committed', false),
+                set_config('default_transaction_read_only', 'off', false),
+                set_config('default_transaction_deferrable', 'off', false),
+                set_config('statement_timeout', '0', false),
+                CASE WHEN current_setting('idle_session_timeout', true) IS NOT NULL
+                     THEN set_config('idle_session_timeout', '0', false) END; COMMIT"
+        ),
+        Session::Untouched => question!(),
+    };
+    read(&sqlx::raw_sql(asked).fetch_all(connection).await?)
+}
+
+/// Begins a transaction on a session that is not ours, with the settings that our statements rest on for it alone, and asks
+/// as [`ask`] does.
+pub(super) async fn begin(connection: &mut PgConnection) -> Result<Option<Incarnation>, sqlx::Error> {
+    let begin = concat!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE; ",
+        question!(),
+        ", ",
+        fit!("true"),
+        ", ",
+        limits!("true")
+    );
+    read(&sqlx::raw_sql(begin).fetch_all(connection).await?)
+}
+
+fn read(rows: &[PgRow]) -> Result<Option<Incarnation>, sqlx::Error> {
+    let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let Some(timeline) = row.try_get::<Option<&str>, _>(1)? else { return Ok(None) };
     let timeline = u32::from_str_radix(timeline, 16).map_err(|error| sqlx::Error::Decode(error.into()))?;
     Ok(Some(Incarnation { system_identifier: row.try_get(0)?, timeline }))
@@ -88,33 +133,69 @@ pub(super) async fn ask(connection: &mut PgConnection) -> Result<Option<Incarnat
 
 /// `server_version_num`.
 pub(super) async fn version(connection: &mut PgConnection) -> Result<i32, sqlx::Error> {
-    sqlx::query_scalar("SELECT current_setting('server_version_num')::int").fetch_one(connection).await
+    let row = sqlx::raw_sql("SELECT current_setting('server_version_num')::int").fetch_one(connection).await?;
+    row.try_get(0)
 }
 
-/// A transaction pooler gives different sessions to one connection, or does not keep what a session holds.
-pub(super) async fn refuse_pooler(connection: &mut PgConnection) -> Result<(), ConnectError> {
+/// How often a pooler gets the chance to show itself; a quiet one does the first time.
+const POOLER_ROUNDS: usize = 3;
+
+/// A transaction pooler gives one session to several connections, or several to one. A second connection looks for the mark
+/// that the first left in its session, keeps that session busy if it got the same, and the first looks for its mark again.
+pub(super) async fn refuse_pooler(
+    connection: &mut PgConnection,
+    options: &PgConnectOptions,
+) -> Result<(), ConnectError> {
     let probe = async {
-        // A key of our own for each probe, so that nodes that start together do not meet.
-        let key: i64 = rand::random();
-        sqlx::query("SELECT pg_try_advisory_lock($1)").bind(key).execute(&mut *connection).await?;
-        let first: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
-        sqlx::query("SELECT set_config('tidewire.probe', $1, false)")
-            .bind(key.to_string())
-            .execute(&mut *connection)
-            .await?;
-        let second: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *connection).await?;
-        let kept: Option<String> =
-            sqlx::query_scalar("SELECT current_setting('tidewire.probe', true)").fetch_one(&mut *connection).await?;
-        let unlocked: bool =
-            sqlx::query_scalar("SELECT pg_advisory_unlock($1)").bind(key).fetch_one(&mut *connection).await?;
-        Ok::<_, sqlx::Error>((first == second, kept == Some(key.to_string()), unlocked))
+        let mut other = within(CONNECT_TIMEOUT, PgConnection::connect_with(options)).await?;
+        // A mark of our own for each probe, so that nodes that start together do not meet.
+        let mark = rand::random::<u64>().to_string();
+        let mut found = None;
+        for _ in 0..POOLER_ROUNDS {
+            found = pooler_round(connection, &mut other, &mark).await?;
+            if found.is_some() {
+                break;
+            }
+        }
+        let _ = other.close().await;
+        Ok::<_, sqlx::Error>(found)
     };
     match probe.await.map_err(ConnectError::Unreachable)? {
-        (false, ..) => Err(ConnectError::Pooler("two statements ran in two sessions")),
-        (_, false, _) => Err(ConnectError::Pooler("a session setting was lost")),
-        (.., false) => Err(ConnectError::Pooler("a session lock was lost")),
-        _ => Ok(()),
+        Some(how) => Err(ConnectError::Pooler(how)),
+        None => Ok(()),
     }
+}
+
+const MARKED: &str = "SELECT pg_backend_pid(), current_setting('tidewire.probe', true)";
+
+async fn pooler_round(
+    one: &mut PgConnection,
+    other: &mut PgConnection,
+    mark: &str,
+) -> Result<Option<&'static str>, sqlx::Error> {
+    let set = format!("SELECT pg_backend_pid(), set_config('tidewire.probe', '{mark}', false)");
+    let first = sqlx::raw_sql(AssertSqlSafe(set)).fetch_all(&mut *one).await?;
+    let theirs = sqlx::raw_sql(AssertSqlSafe(format!("BEGIN; {MARKED}"))).fetch_all(&mut *other).await?;
+    // A pooler that has no other session lets the first wait for the second's.
+    let again = within(CONNECT_TIMEOUT, async { sqlx::raw_sql(MARKED).fetch_all(&mut *one).await });
+    let seen = |rows: &[PgRow]| {
+        let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+        Ok::<_, sqlx::Error>((row.try_get::<i32, _>(0)?, row.try_get::<Option<String>, _>(1)?))
+    };
+    let (first, theirs) = (seen(&first)?, seen(&theirs)?);
+    let how = if theirs.0 == first.0 || theirs.1.as_deref() == Some(mark) {
+        Some("two connections share one session")
+    } else {
+        let again = seen(&again.await?)?;
+        match (again.0 == first.0, again.1.as_deref() == Some(mark)) {
+            (false, _) => Some("two statements ran in two sessions"),
+            (_, false) => Some("a session setting was lost"),
+            _ => None,
+        }
+    };
+    // Whoever gets the session next finds no mark of ours.
+    sqlx::raw_sql("SELECT set_config('tidewire.probe', '', false); COMMIT").execute(&mut *other).await?;
+    Ok(how)
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@
 //! there are none (ADR 11), so the holder is named, with the statement that ends it.
 
 use sqlx::Row as _;
-use sqlx::postgres::{PgPool, PgRow};
+use sqlx::postgres::PgRow;
+
+use crate::postgres::Pool;
 
 /// One lock in foreign hands.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -39,7 +41,7 @@ impl ForeignLock {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn foreign_locks(pool: &PgPool, leader_lock: i64, park_lock: i64) -> Result<Vec<ForeignLock>, sqlx::Error> {
+pub async fn foreign_locks(pool: &Pool, leader_lock: i64, park_lock: i64) -> Result<Vec<ForeignLock>, sqlx::Error> {
     // A bigint key stands in pg_locks as two halves, with objsubid 1; the locks of a prepared transaction have no pid, but one
     // of them is that of its own xid.
     let rows = sqlx::query(

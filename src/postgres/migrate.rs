@@ -13,6 +13,8 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, SqlSafeStr as _};
 
+use super::{Session, identity};
+
 /// The oldest server: 14 brought `idle_session_timeout`, `client_connection_check_interval` and lz4, and replaces triggers.
 const MIN_SERVER_VERSION: i32 = 140_000;
 /// Held by the one that migrates; next to the keys of the leader (…901) and of the parked relay (…902).
@@ -143,6 +145,8 @@ pub fn version() -> i64 {
 /// transaction), and trying again is safe.
 pub async fn migrate(options: &PgConnectOptions) -> Result<Outcome, MigrationError> {
     let mut connection = options.connect().await.map_err(unconvertible)?;
+    // Not what the role or the database has set: read-only transactions, say.
+    identity::ask(&mut connection, Session::Ours).await.map_err(unconvertible)?;
     let outcome = migrate_on(&mut connection).await;
     // Closing ends the session and with it the lock. A failure to say goodbye changes nothing.
     let _ = connection.close().await;

@@ -12,6 +12,7 @@ pub mod identity;
 pub mod listen;
 pub mod locks;
 pub mod migrate;
+pub mod pool;
 mod refusal;
 pub mod registry;
 pub mod rounds;
@@ -28,7 +29,9 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _};
 use tokio::sync::watch;
 
+use identity::Session;
 pub use identity::{Identity, Incarnation};
+pub use pool::Pool;
 
 /// How long one connection attempt may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -40,10 +43,6 @@ const OTHERS_PATIENCE: Duration = Duration::from_millis(250);
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a statement may wait for a pooled connection.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A pooled session left idle inside a transaction by a bug frees its locks after this.
-const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
-/// No statement of a node's own runs longer.
-const STATEMENT_TIMEOUT: &str = "15s";
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -105,9 +104,9 @@ pub struct Database {
     pooled: Option<PgConnectOptions>,
     size: u32,
     // Replaced, not mended: sqlx gives a silently dead connection's place in the pool back to nobody.
-    pool: ArcSwap<PgPool>,
+    pool: ArcSwap<Pool>,
     // Apart from it what clients can ask for, so that the node's own statements never wait behind theirs.
-    clients: Option<(u32, ArcSwap<PgPool>)>,
+    clients: Option<(u32, ArcSwap<Pool>)>,
     identity: Arc<Identity>,
 }
 
@@ -122,35 +121,36 @@ impl Database {
         };
         let hosts: Vec<_> = url::hosts(database_url)?.into_iter().map(name).collect();
         let pooled = match pooled_url {
-            // Prepared statements do not survive a transaction pooler.
-            Some(text) => url::hosts(text)?.into_iter().next().map(|options| name(options).statement_cache_capacity(0)),
+            // PgBouncer refuses a start-up parameter that it does not track.
+            Some(text) => {
+                url::hosts(text)?.into_iter().next().map(|options| name(options).extra_float_digits(None::<i8>))
+            }
             None => None,
         };
         let identity = Arc::new(Identity::default());
-        let first = pooled.clone().or_else(|| hosts.first().cloned()).ok_or(url::UrlError::NoHost)?;
-        let pool = ArcSwap::from_pointee(pool(first, size, Arc::clone(&identity)));
+        let first = hosts.first().ok_or(url::UrlError::NoHost)?;
+        let pool = ArcSwap::from_pointee(begun(pooled.as_ref(), first, size, &identity));
         Ok(Self { hosts, pooled, size, pool, clients: None, identity })
     }
 
     /// With a pool of `size` connections apart for what clients ask for.
     #[must_use]
     pub fn with_clients(mut self, size: u32) -> Self {
-        let options = self.pooled.clone().or_else(|| self.hosts.first().cloned());
-        self.clients =
-            options.map(|options| (size, ArcSwap::from_pointee(pool(options, size, Arc::clone(&self.identity)))));
+        let begun = |first| ArcSwap::from_pointee(begun(self.pooled.as_ref(), first, size, &self.identity));
+        self.clients = self.hosts.first().map(|first| (size, begun(first)));
         self
     }
 
     /// The pool for single statements of the node's own: the follower's, the heartbeat's, what is known of keys and tables.
     #[must_use]
-    pub fn pool(&self) -> PgPool {
-        PgPool::clone(&self.pool.load())
+    pub fn pool(&self) -> Pool {
+        Pool::clone(&self.pool.load())
     }
 
     /// The pool for single statements that a client's request is the reason of: however many of them wait, nobody else does.
     #[must_use]
-    pub fn clients(&self) -> PgPool {
-        self.clients.as_ref().map_or_else(|| self.pool(), |(_, pool)| PgPool::clone(&pool.load()))
+    pub fn clients(&self) -> Pool {
+        self.clients.as_ref().map_or_else(|| self.pool(), |(_, pool)| Pool::clone(&pool.load()))
     }
 
     /// Which database the connections have found so far.
@@ -164,19 +164,19 @@ impl Database {
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(&self) -> Result<(PgConnection, Incarnation), ConnectError> {
-        self.find(true).await.map(|(connection, incarnation, _)| (connection, incarnation))
+        self.find(Session::Ours).await.map(|(connection, incarnation, _)| (connection, incarnation))
     }
 
     /// All hosts are asked at once, so that one that swallows everything holds up nobody, and of several that take writes the
     /// newest timeline counts: the others are primaries that were left.
-    async fn find(&self, observe: bool) -> Result<(PgConnection, Incarnation, PgConnectOptions), ConnectError> {
+    async fn find(&self, session: Session) -> Result<(PgConnection, Incarnation, PgConnectOptions), ConnectError> {
         let mut tries: FuturesUnordered<_> = self
             .hosts
             .iter()
             .map(|options| async move {
                 let attempt = async {
                     let mut connection = PgConnection::connect_with(options).await?;
-                    let found = identity::ask(&mut connection).await?;
+                    let found = identity::ask(&mut connection, session).await?;
                     Ok::<_, sqlx::Error>((connection, found))
                 };
                 (options, tokio::time::timeout(CONNECT_TIMEOUT, attempt).await)
@@ -217,9 +217,7 @@ impl Database {
             let waits = standby && failure.is_final();
             return Err(if waits { ConnectError::OnlyStandbys } else { failure });
         };
-        if observe {
-            self.identity.observe(&found)?;
-        }
+        self.identity.observe(&found)?;
         Ok((connection, found, options.clone()))
     }
 
@@ -228,7 +226,7 @@ impl Database {
     /// # Errors
     /// [`ConnectError`] when there is none.
     pub async fn primary(&self) -> Result<PgConnectOptions, ConnectError> {
-        let (connection, _, options) = self.find(true).await?;
+        let (connection, _, options) = self.find(Session::Ours).await?;
         let _ = connection.close().await;
         Ok(options)
     }
@@ -239,74 +237,75 @@ impl Database {
     /// # Errors
     /// [`ConnectError`] when there is no primary; the pool is left alone then.
     pub async fn renew(&self) -> Result<(), ConnectError> {
-        let (connection, _, options) = self.find(true).await?;
-        let options = self.pooled.clone().unwrap_or(options);
+        let (connection, _, options) = self.find(Session::Ours).await?;
+        let begun = |size| Arc::new(begun(self.pooled.as_ref(), &options, size, &self.identity));
         if let Some((size, clients)) = &self.clients {
-            clients.store(Arc::new(pool(options.clone(), *size, Arc::clone(&self.identity))));
+            clients.store(begun(*size));
         }
-        self.pool.store(Arc::new(pool(options, self.size, Arc::clone(&self.identity))));
+        self.pool.store(begun(self.size));
         let _ = tokio::time::timeout(CONNECT_TIMEOUT, connection.close()).await;
         Ok(())
     }
 
     /// A pool of one direct connection, for `LISTEN`.
     pub(crate) async fn listen_pool(&self) -> Result<PgPool, ConnectError> {
-        let (connection, _, options) = self.find(true).await?;
+        let (connection, _, options) = self.find(Session::Ours).await?;
         let _ = connection.close().await;
         PgPoolOptions::new()
             .max_connections(1)
             .max_lifetime(None)
             .idle_timeout(None)
             .acquire_timeout(CONNECT_TIMEOUT)
+            // It is idle for as long as nothing is written.
+            .after_connect(|connection, _| {
+                Box::pin(async move { identity::ask(connection, Session::Ours).await.map(|_| ()) })
+            })
             .connect_with(options)
             .await
             .map_err(refusal::judged)
     }
 
-    /// Refuses a server that is too old and a transaction pooler on the direct URL.
+    /// Refuses a server that is too old and a transaction pooler on the direct URL, before anything is done to a session.
     ///
     /// # Errors
     /// [`ConnectError`].
     pub async fn probe(&self) -> Result<(), ConnectError> {
-        let (mut connection, _) = self.connect().await?;
+        let (mut connection, _, options) = self.find(Session::Untouched).await?;
         let version = identity::version(&mut connection).await.map_err(ConnectError::Unreachable)?;
         if version < 140_000 {
             return Err(ConnectError::TooOld(version / 10_000));
         }
-        identity::refuse_pooler(&mut connection).await?;
+        identity::refuse_pooler(&mut connection, &options).await?;
         let _ = connection.close().await;
         Ok(())
     }
 }
 
-fn pool(options: PgConnectOptions, size: u32, identity: Arc<Identity>) -> PgPool {
-    PgPoolOptions::new()
+/// Through the pooler where there is one, else to the host `direct`.
+fn begun(pooled: Option<&PgConnectOptions>, direct: &PgConnectOptions, size: u32, identity: &Arc<Identity>) -> Pool {
+    let options = PgPoolOptions::new()
         .max_connections(size)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .idle_timeout(Duration::from_secs(300))
-        .max_lifetime(Duration::from_secs(1800))
-        .after_connect(move |connection, _| {
-            let identity = Arc::clone(&identity);
-            Box::pin(async move {
-                match identity::ask(connection).await? {
-                    Some(found) => {
-                        identity.observe(&found).map_err(|error| sqlx::Error::Configuration(error.into()))?
-                    }
-                    None => return Err(sqlx::Error::Configuration(ConnectError::OnlyStandbys.into())),
-                }
-                sqlx::query(
-                    "SELECT set_config('statement_timeout', $1, false),
-                            set_config('idle_in_transaction_session_timeout', $2, false),
-                            set_config('tcp_user_timeout', '5s', false)",
-                )
-                .bind(STATEMENT_TIMEOUT)
-                .bind(IDLE_IN_TRANSACTION_TIMEOUT)
-                .execute(&mut *connection)
-                .await?;
-                Ok(())
-            })
+        .max_lifetime(Duration::from_secs(1800));
+    if let Some(pooled) = pooled {
+        return Pool::shared(options.connect_lazy_with(pooled.clone()), Arc::clone(identity));
+    }
+    let identity = Arc::clone(identity);
+    let options = options.after_connect(move |connection, _| {
+        let identity = Arc::clone(&identity);
+        Box::pin(async move {
+            match identity::ask(connection, Session::Ours).await? {
+                Some(found) => identity.observe(&found).map_err(|error| sqlx::Error::Configuration(error.into()))?,
+                None => return Err(sqlx::Error::Configuration(ConnectError::OnlyStandbys.into())),
+            }
+            let limits =
+                concat!("SELECT ", settings::limits!("false"), ", set_config('tcp_user_timeout', '5s', false)");
+            sqlx::raw_sql(limits).execute(connection).await?;
+            Ok(())
         })
-        .connect_lazy_with(options)
+    });
+    options.connect_lazy_with(direct.clone()).into()
 }
 
 /// Waits for an answer at most `limit`: a connection that was cut off says nothing for ever.
@@ -325,7 +324,7 @@ fn timed_out() -> sqlx::Error {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn at_work(pool: &PgPool, pid: i32) -> Result<bool, sqlx::Error> {
+pub async fn at_work(pool: &Pool, pid: i32) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar(
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity
                         WHERE pid = $1 AND state = 'active'

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use sqlx::{PgPool, Row};
+use sqlx::Row;
 use uuid::Uuid;
 
 use crate::auth::key::KeyId;
 use crate::cursor::{Epoch, Seq};
+use crate::postgres::Pool;
 
 /// How old a node's heartbeat may be for its connections to count: five heartbeats.
 pub const FRESH: Duration = Duration::from_secs(5);
@@ -185,7 +186,7 @@ const HEARTBEAT: &str = "
 /// # Errors
 /// Postgres away.
 pub async fn heartbeat(
-    pool: &PgPool,
+    pool: &Pool,
     identity: &NodeIdentity,
     report: &NodeReport,
     own: &[(KeyId, u32)],
@@ -226,7 +227,7 @@ pub async fn heartbeat(
 ///
 /// # Errors
 /// Postgres away; the node then goes stale by itself.
-pub async fn leave(pool: &PgPool, identity: &NodeIdentity) -> Result<(), sqlx::Error> {
+pub async fn leave(pool: &Pool, identity: &NodeIdentity) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH leaving AS (
              UPDATE tidewire.nodes
@@ -248,7 +249,7 @@ pub async fn leave(pool: &PgPool, identity: &NodeIdentity) -> Result<(), sqlx::E
 ///
 /// # Errors
 /// Postgres away.
-pub async fn sweep(pool: &PgPool) -> Result<(), sqlx::Error> {
+pub async fn sweep(pool: &Pool) -> Result<(), sqlx::Error> {
     sqlx::query(
         "WITH forgotten AS (
              DELETE FROM tidewire.nodes WHERE heartbeat_at < clock_timestamp() - $1 * interval '1 second'
@@ -270,7 +271,7 @@ pub async fn sweep(pool: &PgPool) -> Result<(), sqlx::Error> {
 ///
 /// # Errors
 /// Postgres away.
-pub async fn list(pool: &PgPool) -> Result<Vec<NodeInfo>, sqlx::Error> {
+pub async fn list(pool: &Pool) -> Result<Vec<NodeInfo>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT node, instance, url, version, started_at, heartbeat_at, epoch, high_water, connections, subscriptions,
                 state, state <> 'stopped' AND heartbeat_at > clock_timestamp() - $1 * interval '1 second' AS fresh

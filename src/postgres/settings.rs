@@ -1,8 +1,50 @@
-//! What the leader sets on its session, and why. All are settings that an unprivileged role may change.
+//! What our sessions set, and why. All are settings that an unprivileged role may change.
 
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
+
+use super::pool::Pool;
+
+/// What every statement of ours rests on, whatever the role or the database has set: a backslash means itself, nothing else
+/// ends a transaction or a wait for a lock (statements have limits of their own), and what was committed is not taken back by
+/// a crash (the cluster's stronger setting stays). `$local`: `true` for this transaction alone, `false` for the session.
+macro_rules! fit {
+    ($local:literal) => {
+        concat!(
+            "set_config('standard_conforming_strings', 'on', ",
+            $local,
+            "),
+                set_config('lock_timeout', '0', ",
+            $local,
+            "),
+                set_config('synchronous_commit',
+                    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local') THEN 'on'
+                         ELSE current_setting('synchronous_commit') END, ",
+            $local,
+            "),
+                CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+                     THEN set_config('transaction_timeout', '0', ",
+            $local,
+            ") END"
+        )
+    };
+}
+
+/// What bounds a pooled statement: no statement of a node's own runs longer than the first, and a session left idle inside a
+/// transaction by a bug frees its locks after the second.
+macro_rules! limits {
+    ($local:literal) => {
+        concat!(
+            "set_config('statement_timeout', '15s', ",
+            $local,
+            "), set_config('idle_in_transaction_session_timeout', '10s', ",
+            $local,
+            ")"
+        )
+    };
+}
+pub(super) use {fit, limits};
 
 /// Makes a session fit for the leader: it dies by itself when we fall silent, and its plans do not depend on statistics.
 ///
@@ -63,7 +105,7 @@ pub async fn announce(connection: &mut PgConnection) -> Result<(), sqlx::Error> 
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn wake(pool: &sqlx::PgPool, mode: &str) -> Result<(), sqlx::Error> {
+pub async fn wake(pool: &Pool, mode: &str) -> Result<(), sqlx::Error> {
     sqlx::query("SELECT tidewire.set_wake($1) WHERE tidewire.wake_mode() <> $1").bind(mode).execute(pool).await?;
     Ok(())
 }

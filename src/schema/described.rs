@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 
+use sqlx::Row as _;
 use sqlx::postgres::PgRow;
-use sqlx::{PgPool, Row as _};
 
 use super::TableInfo;
 use crate::filter::{Column, ColumnType, Server};
+use crate::postgres::Pool;
 use crate::table_name::TableName;
 
 // The triggers are the truth about how a table is captured; tidewire.tracked_tables speaks where they are gone.
@@ -66,7 +67,7 @@ pub struct Described {
 ///
 /// # Errors
 /// Postgres could not be asked.
-pub async fn describe(pool: &PgPool, names: &[TableName]) -> Result<HashMap<TableName, Described>, sqlx::Error> {
+pub async fn describe(pool: &Pool, names: &[TableName]) -> Result<HashMap<TableName, Described>, sqlx::Error> {
     let (mut asked, mut schemas, mut tables) = (Vec::new(), Vec::new(), Vec::new());
     for name in names {
         if let Some((schema, table)) = name.schema_and_table() {
@@ -95,7 +96,7 @@ pub async fn describe(pool: &PgPool, names: &[TableName]) -> Result<HashMap<Tabl
 ///
 /// # Errors
 /// Postgres could not be asked.
-pub async fn tracked(pool: &PgPool) -> Result<Vec<TableInfo>, sqlx::Error> {
+pub async fn tracked(pool: &Pool) -> Result<Vec<TableInfo>, sqlx::Error> {
     let rows = sqlx::query(ALL_TRACKED).fetch_all(pool).await?;
     rows.iter().map(table_info).collect()
 }
@@ -104,7 +105,7 @@ pub async fn tracked(pool: &PgPool) -> Result<Vec<TableInfo>, sqlx::Error> {
 ///
 /// # Errors
 /// Postgres could not be asked.
-pub async fn server_of(pool: &PgPool) -> Result<Server, sqlx::Error> {
+pub async fn server_of(pool: &Pool) -> Result<Server, sqlx::Error> {
     server(&sqlx::query("SELECT current_setting('server_version_num')::int AS server_version").fetch_one(pool).await?)
 }
 

@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use sqlx::postgres::PgPool;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{TableInfo, described};
 use crate::filter::Server;
 use crate::lifecycle::Lifecycle;
+use crate::postgres::Pool;
 use crate::postgres::listen::Wakeups;
 use crate::postgres::rounds::Rounds;
 use crate::postgres::{Database, within};
@@ -342,11 +342,7 @@ impl Registry {
         }
     }
 
-    async fn read_known(
-        &self,
-        names: Vec<TableName>,
-        pool: &PgPool,
-    ) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+    async fn read_known(&self, names: Vec<TableName>, pool: &Pool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
         match self.read(names.clone(), pool).await {
             Err(error) if is_of_encoding(&error) => self.read_each(names, pool).await,
             answer => answer,
@@ -355,7 +351,7 @@ impl Registry {
 
     /// Somebody asked for a name that the database's encoding cannot write, so that there is no such table, or a column's name
     /// cannot be read. Others share the question: it must not fail for them.
-    async fn read_each(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+    async fn read_each(&self, names: Vec<TableName>, pool: &Pool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
         let mut all = HashMap::with_capacity(names.len());
         for name in names {
             match self.read(vec![name.clone()], pool).await {
@@ -369,7 +365,7 @@ impl Registry {
         Ok(all)
     }
 
-    async fn read(&self, names: Vec<TableName>, pool: &PgPool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
+    async fn read(&self, names: Vec<TableName>, pool: &Pool) -> Result<HashMap<TableName, Lookup>, sqlx::Error> {
         let began = self.known.read().doubts;
         let described = within(ASK_TIMEOUT, described::describe(pool, &names)).await?;
         self.note_server(described.values().next().map(|described| described.info.server));

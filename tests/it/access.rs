@@ -133,7 +133,7 @@ async fn what_the_new_key_may_not_read_ends_and_the_rest_goes_on_by_its_own_life
         assert_eq!((count(&first), count(&second)), (0, 1), "{}", change.name);
 
         // The first key's end is no concern of this connection.
-        store::revoke(&cluster.pool, first.id()).await.unwrap();
+        store::revoke(&cluster.pool.clone().into(), first.id()).await.unwrap();
         cluster.run(&format!("INSERT INTO secrets VALUES ({number}); INSERT INTO orders (id) VALUES ({number})")).await;
         for id in change.goes_on {
             let mut seen = events(&mut wire, id, change.refused).await;
@@ -150,7 +150,7 @@ async fn what_the_new_key_may_not_read_ends_and_the_rest_goes_on_by_its_own_life
                 .run(&format!("DELETE FROM orders WHERE id = {number}; INSERT INTO orders (id) VALUES ({number})"))
                 .await;
         }
-        store::revoke(&cluster.pool, second.id()).await.unwrap();
+        store::revoke(&cluster.pool.clone().into(), second.id()).await.unwrap();
         assert_eq!(wire.closed().await, 4440, "{}", change.name);
     }
 }

@@ -28,7 +28,7 @@ fn key_store(db: &TestDatabase) -> Arc<KeyStore> {
 }
 
 async fn new_key(db: &TestDatabase) -> ApiKey {
-    store::create_key(&db.pool, "test", &Scopes::all(10), None).await.unwrap()
+    store::create_key(&db.pool.clone().into(), "test", &Scopes::all(10), None).await.unwrap()
 }
 
 async fn enter(store: &KeyStore, key: &ApiKey) -> Result<Access, AuthError> {
@@ -49,12 +49,12 @@ async fn change(db: &TestDatabase, key: &ApiKey, sql: &'static str) {
 async fn a_new_key_is_let_in_with_its_scopes() {
     let db = database().await;
     let scopes: Scopes = serde_json::from_value(serde_json::json!({"tables": [{"table": "orders"}]})).unwrap();
-    let key = store::create_key(&db.pool, "web", &scopes, None).await.unwrap();
+    let key = store::create_key(&db.pool.clone().into(), "web", &scopes, None).await.unwrap();
     let access = enter(&key_store(&db), &key).await.unwrap();
     assert_eq!((&access.key_id, &*access.name, &*access.scopes), (key.id(), "web", &scopes));
     assert_eq!(access.ended_now(), None);
 
-    let listed = store::list(&db.pool).await.unwrap();
+    let listed = store::list(&db.pool.clone().into()).await.unwrap();
     assert_eq!((listed.len(), listed[0].name.as_str(), listed[0].is_active), (1, "web", true));
     let stored: Vec<u8> =
         sqlx::query_scalar("SELECT key_hash FROM tidewire.api_keys").fetch_one(&db.pool).await.unwrap();
@@ -66,7 +66,7 @@ async fn who_does_not_hold_the_secret_learns_nothing() {
     let db = database().await;
     let store = key_store(&db);
     let (active, revoked, expired) = (new_key(&db).await, new_key(&db).await, new_key(&db).await);
-    store::revoke(&db.pool, revoked.id()).await.unwrap();
+    store::revoke(&db.pool.clone().into(), revoked.id()).await.unwrap();
     change(&db, &expired, "UPDATE tidewire.api_keys SET expires_at = now() - interval '1 s' WHERE key_id = $1").await;
     assert_eq!(enter(&store, &revoked).await.unwrap_err(), AuthError::Revoked);
     assert_eq!(enter(&store, &expired).await.unwrap_err(), AuthError::Expired);
@@ -160,13 +160,16 @@ async fn a_revocation_ends_every_access_on_every_node_by_its_notification() {
             }
         });
     }
-    assert_eq!(store::revoke(&db.pool, key.id()).await.unwrap(), Revocation::Revoked);
+    assert_eq!(store::revoke(&db.pool.clone().into(), key.id()).await.unwrap(), Revocation::Revoked);
     for access in &accesses {
         assert_eq!(ended(access).await, CloseCode::KeyRevoked);
     }
     assert!(kept.iter().all(|access| access.ended_now().is_none()));
-    assert_eq!(store::revoke(&db.pool, key.id()).await.unwrap(), Revocation::AlreadyRevoked);
-    assert_eq!(store::revoke(&db.pool, &KeyId::from_stored("none")).await.unwrap(), Revocation::UnknownKey);
+    assert_eq!(store::revoke(&db.pool.clone().into(), key.id()).await.unwrap(), Revocation::AlreadyRevoked);
+    assert_eq!(
+        store::revoke(&db.pool.clone().into(), &KeyId::from_stored("none")).await.unwrap(),
+        Revocation::UnknownKey
+    );
 }
 
 #[tokio::test]
@@ -228,8 +231,8 @@ async fn an_access_ends_with_its_keys_last_second() {
     let db = database().await;
     let store = key_store(&db);
     let expires_at = Utc::now() + TimeDelta::hours(1);
-    let key = store::create_key(&db.pool, "short", &Scopes::all(1), Some(expires_at)).await.unwrap();
-    let expires_at = store::list(&db.pool).await.unwrap()[0].expires_at.unwrap();
+    let key = store::create_key(&db.pool.clone().into(), "short", &Scopes::all(1), Some(expires_at)).await.unwrap();
+    let expires_at = store::list(&db.pool.clone().into()).await.unwrap()[0].expires_at.unwrap();
     let access = store.authenticate(key.expose(), expires_at - TimeDelta::milliseconds(50)).await.unwrap();
     assert_eq!(ended(&access).await, CloseCode::KeyExpired);
     assert_eq!(store.authenticate(key.expose(), expires_at).await.unwrap_err(), AuthError::Expired);
@@ -249,7 +252,7 @@ async fn expiries_that_no_clock_can_hold_are_judged_by_the_database() {
             .unwrap_or_else(|error| panic!("{expiry}: {error}"));
         assert_eq!(enter(&store, &key).await.is_ok(), entered, "{expiry}");
     }
-    store::list(&db.pool).await.unwrap();
+    store::list(&db.pool.clone().into()).await.unwrap();
 }
 
 /// Puts a gate before the keys: a read takes its snapshot, then waits while someone holds the advisory lock.
@@ -326,7 +329,7 @@ async fn a_key_whose_scopes_cannot_be_read_is_refused_with_the_reason() {
     let (store, key) = (key_store(&db), new_key(&db).await);
     change(&db, &key, "UPDATE tidewire.api_keys SET scopes = '{\"tabels\":[]}' WHERE key_id = $1").await;
     assert_eq!(enter(&store, &key).await.unwrap_err(), AuthError::Unusable);
-    assert_eq!(store::list(&db.pool).await.unwrap().len(), 1);
+    assert_eq!(store::list(&db.pool.clone().into()).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -343,7 +346,7 @@ async fn last_use_is_stored_in_one_go_and_disturbs_nobody() {
 
     store.flush_last_used().await.unwrap();
 
-    let listed = store::list(&db.pool).await.unwrap();
+    let listed = store::list(&db.pool.clone().into()).await.unwrap();
     let used = |id: &KeyId| listed.iter().find(|info| info.key_id == id.as_str()).unwrap().last_used_at;
     assert_eq!(used(key.id()).map(|at| at.timestamp_micros()), Some(at.timestamp_micros()));
     assert_eq!(used(unused.id()), None);
@@ -368,7 +371,7 @@ async fn what_could_not_be_stored_is_stored_later_also_at_the_end() {
     let shutdown = CancellationToken::new();
     shutdown.cancel();
     tokio::time::timeout(DEADLINE, Arc::clone(&store).run(shutdown)).await.unwrap();
-    assert!(store::list(&db.pool).await.unwrap()[0].last_used_at.is_some());
+    assert!(store::list(&db.pool.clone().into()).await.unwrap()[0].last_used_at.is_some());
 }
 
 #[derive(clap::Parser)]
@@ -382,12 +385,12 @@ async fn the_command_line_makes_and_revokes_keys() {
     let db = database().await;
     let run = async |line: &[&str]| {
         let program = Program::try_parse_from(["keys"].iter().chain(line)).unwrap();
-        keys::run(program.keys, &db.pool).await.map_err(|error| error.to_string())
+        keys::run(program.keys, &db.pool.clone().into()).await.map_err(|error| error.to_string())
     };
     run(&["create", "--name", "web", "--table", "orders", "--column", "id", "--expires-in", "30d", "--json"])
         .await
         .unwrap();
-    let listed = store::list(&db.pool).await.unwrap();
+    let listed = store::list(&db.pool.clone().into()).await.unwrap();
     let scopes: Scopes = serde_json::from_value(listed[0].scopes.clone()).unwrap();
     let access = scopes.table("public.orders").unwrap();
     assert!(access.columns.allows("id") && !access.columns.allows("total"));
@@ -396,7 +399,7 @@ async fn the_command_line_makes_and_revokes_keys() {
 
     run(&["list"]).await.unwrap();
     run(&["revoke", &listed[0].key_id]).await.unwrap();
-    assert!(!store::list(&db.pool).await.unwrap()[0].is_active);
+    assert!(!store::list(&db.pool.clone().into()).await.unwrap()[0].is_active);
     assert!(run(&["revoke", "abcdefghijkl"]).await.unwrap_err().contains("there is no key"));
 }
 
@@ -417,7 +420,7 @@ async fn a_ticket_works_once_in_the_whole_cluster_and_stands_for_its_key() {
 
     let access = store.admit(won[0], Utc::now()).await.unwrap();
     assert_eq!(&access.key_id, key.id());
-    store::revoke(&db.pool, key.id()).await.unwrap();
+    store::revoke(&db.pool.clone().into(), key.id()).await.unwrap();
     store.invalidate(key.id().as_str()).await.unwrap();
     assert_eq!(store.admit(won[0], Utc::now()).await.unwrap_err(), AuthError::Revoked);
 }

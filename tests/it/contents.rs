@@ -62,7 +62,8 @@ async fn whatever_is_too_large_of_an_event_goes_without_its_rows() {
         assert!(error.contains("larger than") || error.contains("longer than"), "{call}: {error}");
     }
     // What every node reads of it is what the leader sent.
-    let read = tidewire::log::read::events(&database.pool, 0, term.newest, 1_000, usize::MAX).await.unwrap();
+    let read =
+        tidewire::log::read::events(&database.pool.clone().into(), 0, term.newest, 1_000, usize::MAX).await.unwrap();
     assert_eq!(read, term.appended);
     assert_eq!(faults(&database.pool).await, [""; 0]);
 }

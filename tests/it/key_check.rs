@@ -87,7 +87,7 @@ async fn what_can_never_work_is_refused_and_what_does_not_work_yet_is_told() {
     sqlx::raw_sql(TABLES).execute(&db.pool).await.unwrap();
     for (entry, expected) in cases() {
         let scopes: Scopes = serde_json::from_value(json!({"tables": [entry]})).unwrap();
-        let found = check(&db.pool, &scopes).await.unwrap();
+        let found = check(&db.pool.clone().into(), &scopes).await.unwrap();
         let said: Vec<String> = found.errors.iter().map(|error| format!("!{error}")).chain(found.warnings).collect();
         let fits = |(said, expected): (&String, &&str)| {
             let words = expected.trim_start_matches('!');
@@ -104,7 +104,7 @@ async fn create(db: &TestDatabase, line: &[&str]) -> anyhow::Result<()> {
         keys: KeysArgs,
     }
     let words = ["tidewire", "create", "--name", "test", "--json"].iter().chain(line);
-    keys::run(Program::try_parse_from(words)?.keys, &db.pool).await
+    keys::run(Program::try_parse_from(words)?.keys, &db.pool.clone().into()).await
 }
 
 #[tokio::test]
@@ -114,9 +114,9 @@ async fn a_key_that_could_never_work_is_not_made() {
     let refused = create(&db, &["--table", "whole", "--column", "nothing"]).await.unwrap_err().to_string();
     assert!(refused.contains("no key was made") && refused.contains("public.whole"), "{refused}");
     assert!(create(&db, &["--table", "whole", "--condition", "id ="]).await.is_err());
-    assert_eq!(store::list(&db.pool).await.unwrap().len(), 0);
+    assert_eq!(store::list(&db.pool.clone().into()).await.unwrap().len(), 0);
     create(&db, &["--table", "later", "--column", "any"]).await.unwrap();
     create(&db, &["--table", "whole", "--table", "event:x", "--op", "insert", "--op", "event"]).await.unwrap();
     create(&db, &["--all"]).await.unwrap();
-    assert_eq!(store::list(&db.pool).await.unwrap().len(), 3);
+    assert_eq!(store::list(&db.pool.clone().into()).await.unwrap().len(), 3);
 }

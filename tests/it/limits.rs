@@ -36,7 +36,7 @@ async fn nodes_hear_of_each_others_connections_and_a_dead_ones_count_for_nothing
     let key = KeyId::from_stored("key");
     let count = |count| vec![(key.clone(), count)];
     let beat = async |node: &NodeIdentity, own: &[(KeyId, u32)]| {
-        registry::heartbeat(&db.pool, node, &report(), own).await.unwrap()
+        registry::heartbeat(&db.pool.clone().into(), node, &report(), own).await.unwrap()
     };
     assert_eq!(beat(&a, &count(3)).await.other_nodes, 0);
     let heard = beat(&b, &count(4)).await;
@@ -57,16 +57,16 @@ async fn nodes_hear_of_each_others_connections_and_a_dead_ones_count_for_nothing
     sqlx::query(silence).execute(&db.pool).await.unwrap();
     let heard = beat(&a, &[]).await;
     assert_eq!((heard.other_nodes, heard.others.len()), (0, 0));
-    let nodes = registry::list(&db.pool).await.unwrap();
+    let nodes = registry::list(&db.pool.clone().into()).await.unwrap();
     let fresh: Vec<_> = nodes.iter().map(|node| (node.node.as_str(), node.fresh)).collect();
     assert_eq!(fresh, [("a", true), ("b", false)]);
     assert_eq!((nodes[0].epoch, nodes[0].high_water, nodes[0].state.as_str()), (Some(1), Some(7), "ready"));
 
     // It was only paused: it counts again with its next heartbeat, also after a sweep.
-    registry::sweep(&db.pool).await.unwrap();
+    registry::sweep(&db.pool.clone().into()).await.unwrap();
     beat(&b, &count(4)).await;
     assert_eq!(beat(&a, &[]).await.others.get(&key), Some(&elsewhere(4, 0)));
-    registry::leave(&db.pool, &b).await.unwrap();
+    registry::leave(&db.pool.clone().into(), &b).await.unwrap();
     let heard = beat(&a, &[]).await;
     assert_eq!((heard.other_nodes, heard.others.len()), (0, 0));
 }
@@ -75,15 +75,17 @@ async fn nodes_hear_of_each_others_connections_and_a_dead_ones_count_for_nothing
 async fn two_processes_of_one_name_are_found_and_a_restart_is_not_taken_for_one() {
     let db = database().await;
     let (one, two) = (identity("a"), identity("a"));
-    let beat = async |node: &NodeIdentity| registry::heartbeat(&db.pool, node, &report(), &[]).await.unwrap().rival;
+    let beat = async |node: &NodeIdentity| {
+        registry::heartbeat(&db.pool.clone().into(), node, &report(), &[]).await.unwrap().rival
+    };
     assert!(!beat(&one).await);
     assert!(beat(&two).await);
     assert!(beat(&one).await);
-    registry::leave(&db.pool, &two).await.unwrap();
+    registry::leave(&db.pool.clone().into(), &two).await.unwrap();
     assert!(!beat(&one).await, "leaving does nothing to a name that another has taken");
-    registry::leave(&db.pool, &one).await.unwrap();
+    registry::leave(&db.pool.clone().into(), &one).await.unwrap();
     assert!(!beat(&two).await, "who said goodbye is no rival");
-    assert_eq!(registry::list(&db.pool).await.unwrap()[0].instance, two.instance);
+    assert_eq!(registry::list(&db.pool.clone().into()).await.unwrap()[0].instance, two.instance);
 }
 
 #[tokio::test]
@@ -112,7 +114,7 @@ async fn a_limit_holds_over_the_whole_cluster() {
 
     shutdown.cancel();
     tokio::time::timeout(DEADLINE, async { tokio::try_join!(a_task, b_task) }).await.unwrap().unwrap();
-    let nodes = registry::list(&db.pool).await.unwrap();
+    let nodes = registry::list(&db.pool.clone().into()).await.unwrap();
     assert!(nodes.iter().all(|node| node.state == "stopped" && !node.fresh));
     let left: i64 =
         sqlx::query_scalar("SELECT count(*) FROM tidewire.key_connections").fetch_one(&db.pool).await.unwrap();
@@ -124,7 +126,7 @@ async fn a_limit_holds_over_the_whole_cluster() {
 async fn while_postgres_is_away_limits_go_by_the_last_counts() {
     let db = database().await;
     let key = KeyId::from_stored("key");
-    registry::heartbeat(&db.pool, &identity("a"), &report(), &[(key.clone(), 4)]).await.unwrap();
+    registry::heartbeat(&db.pool.clone().into(), &identity("a"), &report(), &[(key.clone(), 4)]).await.unwrap();
     let limiter = ConnectionLimiter::new();
     let cluster = Cluster::new(connect(&db), identity("b"), Arc::clone(&limiter), report);
     let (status, shutdown) = (cluster.status(), CancellationToken::new());

@@ -51,7 +51,7 @@ async fn whoever_holds_the_relays_locks_is_named_with_the_statement_that_ends_it
         let seen = &health["relay"]["foreign_locks"][0];
         assert_eq!((&seen["lock"], &seen["end"]), (&Value::from(*lock), &Value::from(end.as_str())), "{health}");
         assert!(seen["holder"].as_str().unwrap().contains(&who), "{health}");
-        let known = status::read(&cluster.pool).await.unwrap().foreign_locks;
+        let known = status::read(&cluster.pool.clone().into()).await.unwrap().foreign_locks;
         assert_eq!((known.len(), known[0].end.as_str()), (1, end.as_str()), "{statement}");
         let findings = examine(&Database::new(&url, None, "doctor", 2).unwrap()).await;
         let found = findings.iter().find(|finding| finding.check == "foreign locks").unwrap();
@@ -75,12 +75,12 @@ async fn leaders_and_writers_are_no_strangers_to_the_relays_locks() {
         format!("SELECT count(*) FROM pg_locks WHERE mode = 'ShareLock' AND objid::bigint = {PARK_LOCK} & 4294967295");
     let shared: i64 = sqlx::query(AssertSqlSafe(shared)).fetch_one(&mut writer).await.unwrap().get(0);
     assert!(shared <= 1, "it has the park lock, or found the relay parked");
-    assert_eq!(status::foreign(&cluster.pool).await.unwrap(), []);
+    assert_eq!(status::foreign(&cluster.pool.clone().into()).await.unwrap(), []);
     cluster.kill_leader_backend().await;
     let (a, b) = (cluster.node(0), cluster.node(1));
     answered("a look or two", async || {
         let leads = a.metrics().leader.get() + b.metrics().leader.get() == 1;
-        (leads && status::foreign(&cluster.pool).await.unwrap().is_empty()).then_some(())
+        (leads && status::foreign(&cluster.pool.clone().into()).await.unwrap().is_empty()).then_some(())
     })
     .await;
     assert_eq!((a.metrics().foreign_locks.get(), b.metrics().foreign_locks.get()), (0, 0));

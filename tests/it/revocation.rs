@@ -28,7 +28,7 @@ async fn a_revoked_key_loses_its_sockets_on_every_node_within_a_second() {
         }
         let mut other = cluster.node(0).wire().await;
         let began = Instant::now();
-        store::revoke(&cluster.pool, key.id()).await.unwrap();
+        store::revoke(&cluster.pool.clone().into(), key.id()).await.unwrap();
         for wire in &mut wires {
             assert_eq!(wire.closed().await, 4440);
         }
@@ -47,7 +47,7 @@ async fn a_revoked_key_loses_its_sockets_on_every_node_within_a_second() {
 async fn an_expired_key_loses_its_sockets() {
     let cluster = TestCluster::start(1).await;
     let soon = Utc::now() + TimeDelta::seconds(3);
-    let key = store::create_key(&cluster.pool, "short", &Scopes::all(10), Some(soon)).await.unwrap();
+    let key = store::create_key(&cluster.pool.clone().into(), "short", &Scopes::all(10), Some(soon)).await.unwrap();
     let mut wire = cluster.node(0).wire_of(key.expose()).await;
     assert_eq!(wire.closed().await, 4441);
 }
@@ -60,7 +60,7 @@ async fn a_revocation_while_the_node_was_cut_off_is_found_when_it_is_back() {
     let mut wire = node.wire_of(key.expose()).await;
     node.proxy.cut();
     eventually("the node has noticed", || !node.context().follower.listening()).await;
-    store::revoke(&cluster.pool, key.id()).await.unwrap();
+    store::revoke(&cluster.pool.clone().into(), key.id()).await.unwrap();
     node.proxy.restore();
     assert_eq!(wire.closed().await, 4440);
 }
@@ -98,7 +98,7 @@ async fn a_client_of_a_node_that_died_is_let_in_elsewhere_though_its_key_was_at_
     let dead = NodeIdentity { node: "dead".into(), instance: Uuid::new_v4(), url: None, version: "test".to_owned() };
     let state = NodeState::Ready;
     let report = NodeReport { epoch: None, high_water: None, connections: 1, subscriptions: 0, state };
-    registry::heartbeat(&cluster.pool, &dead, &report, &[(key.id().clone(), 1)]).await.unwrap();
+    registry::heartbeat(&cluster.pool.clone().into(), &dead, &report, &[(key.id().clone(), 1)]).await.unwrap();
     eventually("its connection counts", || node.context().limiter.connections(key.id()).1 == 1).await;
 
     let mut wire = Wire::connect(&node.ws_url(), &[]).await.unwrap();

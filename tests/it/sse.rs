@@ -130,7 +130,7 @@ async fn a_revoked_key_ends_its_streams() {
     let key = cluster.key(json!({"tables": [{"table": "public.orders"}]})).await;
     let mut stream = open(cluster.node(0), key.expose(), "table=orders", None).await;
     stream.expect("caught_up").await;
-    store::revoke(&cluster.pool, key.id()).await.unwrap();
+    store::revoke(&cluster.pool.clone().into(), key.id()).await.unwrap();
     assert_eq!(stream.expect("error").await.data["code"], "unauthenticated");
     assert_eq!(stream.event().await, None);
 }

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgPool, Row};
 
 use crate::auth::key::{ApiKey, KeyHash, KeyId};
 use crate::auth::scope::Scopes;
+use crate::postgres::Pool;
 
 /// Most keys that [`list`] returns.
 pub const MAX_LISTED_KEYS: i64 = 10_000;
@@ -69,7 +70,7 @@ pub enum CreateKeyError {
 /// # Errors
 /// A bad name; Postgres away.
 pub async fn create_key(
-    pool: &PgPool,
+    pool: &Pool,
     name: &str,
     scopes: &Scopes,
     expires_at: Option<DateTime<Utc>>,
@@ -96,7 +97,7 @@ pub async fn create_key(
 ///
 /// # Errors
 /// Postgres away.
-pub async fn list(pool: &PgPool) -> Result<Vec<KeyInfo>, sqlx::Error> {
+pub async fn list(pool: &Pool) -> Result<Vec<KeyInfo>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT key_id, name, scopes, created_at, last_used_at, is_active,
                 CASE WHEN expires_at BETWEEN '0001-01-01' AND '9999-12-31' THEN expires_at END AS expires_at
@@ -126,7 +127,7 @@ pub async fn list(pool: &PgPool) -> Result<Vec<KeyInfo>, sqlx::Error> {
 ///
 /// # Errors
 /// Postgres away.
-pub async fn revoke(pool: &PgPool, key_id: &KeyId) -> Result<Revocation, sqlx::Error> {
+pub async fn revoke(pool: &Pool, key_id: &KeyId) -> Result<Revocation, sqlx::Error> {
     let row = sqlx::query(
         "WITH revoked AS (
              UPDATE tidewire.api_keys SET is_active = false
@@ -193,7 +194,7 @@ impl KeyRow {
 /// The row of a key, if its hash is this one. None for the hash: whatever it is. One statement for a key that does not
 /// exist and for another's secret, so that both are refused after the same work.
 pub(super) async fn read_matching(
-    pool: &PgPool,
+    pool: &Pool,
     key_id: &KeyId,
     hash: Option<&[u8; 32]>,
 ) -> Result<Option<KeyRow>, sqlx::Error> {
@@ -212,7 +213,7 @@ pub(super) async fn read_matching(
 }
 
 /// The rows of these keys that exist, in no order.
-pub(super) async fn read(pool: &PgPool, key_ids: &[KeyId]) -> Result<Vec<KeyRow>, sqlx::Error> {
+pub(super) async fn read(pool: &Pool, key_ids: &[KeyId]) -> Result<Vec<KeyRow>, sqlx::Error> {
     let rows = sqlx::query(
         "SELECT key_id, name, key_hash, scopes, version, is_active,
                 CASE WHEN expires_at BETWEEN '0001-01-01' AND '9999-12-31' THEN expires_at END AS expires_at,
@@ -227,7 +228,7 @@ pub(super) async fn read(pool: &PgPool, key_ids: &[KeyId]) -> Result<Vec<KeyRow>
 }
 
 /// Id, version and whether it has expired by the database's clock, of these keys that exist.
-pub(super) async fn read_versions(pool: &PgPool, key_ids: &[KeyId]) -> Result<Vec<(String, i64, bool)>, sqlx::Error> {
+pub(super) async fn read_versions(pool: &Pool, key_ids: &[KeyId]) -> Result<Vec<(String, i64, bool)>, sqlx::Error> {
     sqlx::query_as(
         "SELECT key_id, version, coalesce(expires_at <= clock_timestamp(), false)
          FROM tidewire.api_keys
@@ -240,7 +241,7 @@ pub(super) async fn read_versions(pool: &PgPool, key_ids: &[KeyId]) -> Result<Ve
 
 /// Stores when keys were last used, in one statement. Rows that someone else holds are left out: another node is
 /// writing the same, or an administrator's change matters more.
-pub(super) async fn store_last_used(pool: &PgPool, uses: &[(KeyId, DateTime<Utc>)]) -> Result<(), sqlx::Error> {
+pub(super) async fn store_last_used(pool: &Pool, uses: &[(KeyId, DateTime<Utc>)]) -> Result<(), sqlx::Error> {
     let (key_ids, times): (Vec<&str>, Vec<DateTime<Utc>>) = uses.iter().map(|(id, at)| (id.as_str(), *at)).unzip();
     sqlx::query(
         "WITH used AS (

@@ -1,11 +1,12 @@
 //! Tracked tables: whether their changes are captured, all of them and in order.
 
-use sqlx::{PgPool, Row as _};
+use sqlx::Row as _;
 
 use super::{Finding, or_unasked, rows};
 use crate::cli::tables::{TrackedTable, tracked_tables};
+use crate::postgres::Pool;
 
-pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
+pub(super) async fn checks(pool: &Pool) -> Vec<Finding> {
     let tables = match tracked_tables(pool).await {
         Ok(tables) => tables,
         Err(error) => return vec![super::unasked("triggers", &error)],
@@ -59,7 +60,7 @@ const RIGHTS: &str = "
     ORDER BY 1";
 
 /// To render a row, capture calls casts that the table's owner may have defined.
-async fn rights(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn rights(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let check = "capture's rights";
     let judged = rows(pool, RIGHTS).await?.into_iter().map(|row| {
         let (role, owner): (String, String) = (row.try_get("role")?, row.try_get("owner")?);
@@ -176,7 +177,7 @@ const REENTRANT: &str = r#"
 
 /// Tables where a row trigger of the user's changes rows of the same table: then a row that the outer statement changes
 /// too gets its events in the wrong order.
-async fn order(pool: &PgPool, tables: &[TrackedTable]) -> Result<Vec<Finding>, sqlx::Error> {
+async fn order(pool: &Pool, tables: &[TrackedTable]) -> Result<Vec<Finding>, sqlx::Error> {
     let mut findings = Vec::new();
     for row in rows(pool, REENTRANT).await? {
         let (name, trigger, function): (String, String, String) =
@@ -195,7 +196,7 @@ async fn order(pool: &PgPool, tables: &[TrackedTable]) -> Result<Vec<Finding>, s
     Ok(findings)
 }
 
-async fn peculiarities(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn peculiarities(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let asked = rows(
         pool,
         "SELECT tidewire.table_text(c.oid) AS name, c.relpersistence = 'u' AS unlogged, c.relrowsecurity AS secured,

@@ -1,21 +1,22 @@
 //! The server and its settings, Tidewire's schema, and what this role may do.
 
-use sqlx::{PgPool, Row as _};
+use sqlx::Row as _;
 
 use super::{Finding, or_unasked, rows};
+use crate::postgres::Pool;
 use crate::postgres::migrate;
 
 /// The first good minor of each major version in which LISTEN cannot fail because VACUUM has truncated the commit log that
 /// unread notifications need (fixed in November 2025, out in February 2026).
 const GOOD_MINORS: &[(i32, i32)] = &[(14, 22), (15, 17), (16, 13), (17, 9), (18, 3)];
 
-pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
+pub(super) async fn checks(pool: &Pool) -> Vec<Finding> {
     let mut findings = or_unasked("version", version(pool).await);
     findings.extend(or_unasked("settings", settings(pool).await));
     findings
 }
 
-async fn version(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn version(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let number: i32 = sqlx::query_scalar("SELECT current_setting('server_version_num')::int").fetch_one(pool).await?;
     Ok(vec![judge_version(number)])
 }
@@ -34,7 +35,7 @@ fn judge_version(number: i32) -> Finding {
     }
 }
 
-async fn settings(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn settings(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let row = sqlx::query(
         "SELECT current_setting('wal_level') AS wal_level, current_setting('fsync') AS fsync,
                 current_setting('full_page_writes') AS full_page_writes, current_setting('autovacuum') AS autovacuum,
@@ -68,7 +69,7 @@ async fn settings(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 }
 
 /// Whether Tidewire's schema is there and of this program's version.
-pub(super) async fn schema(pool: &PgPool) -> Result<Finding, sqlx::Error> {
+pub(super) async fn schema(pool: &Pool) -> Result<Finding, sqlx::Error> {
     let there: bool =
         sqlx::query_scalar("SELECT to_regclass('tidewire.schema_migrations') IS NOT NULL").fetch_one(pool).await?;
     let wanted = migrate::version();
@@ -91,11 +92,11 @@ pub(super) async fn schema(pool: &PgPool) -> Result<Finding, sqlx::Error> {
     })
 }
 
-pub(super) async fn privileges(pool: &PgPool) -> Vec<Finding> {
+pub(super) async fn privileges(pool: &Pool) -> Vec<Finding> {
     or_unasked("privileges", asked_privileges(pool).await)
 }
 
-async fn asked_privileges(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn asked_privileges(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let asked = rows(
         pool,
         "SELECT current_user::text AS role, pg_get_userbyid(relowner)::text AS owner,

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use sqlx::{PgPool, Row as _};
+use sqlx::Row as _;
 
 use super::{Finding, or_unasked, rows};
 use crate::cli::status;
 use crate::log::append::outbox_lock_holders;
+use crate::postgres::Pool;
 use crate::postgres::locks::ForeignLock;
 
 /// An event that waits longer has nobody who relays it.
@@ -19,7 +20,7 @@ const LOCK_SAMPLE: Duration = Duration::from_millis(500);
 const QUEUE_WARNING: f64 = 0.02;
 const QUEUE_PROBLEM: f64 = 0.2;
 
-pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
+pub(super) async fn checks(pool: &Pool) -> Vec<Finding> {
     let mut findings = or_unasked("relay", relay(pool).await);
     findings.extend(or_unasked("foreign locks", foreign(pool).await));
     findings.extend(or_unasked("outbox", outbox(pool).await));
@@ -31,7 +32,7 @@ pub(super) async fn checks(pool: &PgPool) -> Vec<Finding> {
     findings
 }
 
-async fn relay(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn relay(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let (leader, outbox) = (status::leader(pool).await?, status::outbox(pool).await?);
     Ok(vec![match leader {
         Some(leader) if outbox.lag_ms > LATE_MS => Finding::warning(
@@ -49,7 +50,7 @@ async fn relay(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 }
 
 /// The relay's advisory locks in others' hands.
-async fn foreign(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn foreign(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let locks = status::foreign(pool).await?;
     if locks.is_empty() {
         return Ok(vec![Finding::fine("foreign locks", "none")]);
@@ -65,7 +66,7 @@ async fn foreign(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
     Ok(locks.iter().map(finding).collect())
 }
 
-async fn outbox(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn outbox(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let waiting = status::outbox(pool).await?.events;
     let row = sqlx::query(
         "SELECT pg_total_relation_size('tidewire.outbox') AS bytes, n_dead_tup AS dead
@@ -83,15 +84,14 @@ async fn outbox(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 }
 
 /// Row locks that outlast a moment; a claim's own are gone within milliseconds.
-async fn locks(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn locks(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let leader = status::leader(pool).await?.map(|leader| format!("pid {} (", leader.pid));
-    let mut connection = pool.acquire().await?;
-    let before = outbox_lock_holders(&mut connection).await?;
+    let before = outbox_lock_holders(pool).await?;
     if before.is_empty() {
         return Ok(vec![Finding::fine("outbox locks", "none")]);
     }
     tokio::time::sleep(LOCK_SAMPLE).await;
-    let after = outbox_lock_holders(&mut connection).await?;
+    let after = outbox_lock_holders(pool).await?;
     let foreign = after
         .into_iter()
         .filter(|holder| before.contains(holder) && leader.as_ref().is_none_or(|leader| !holder.starts_with(leader)));
@@ -106,7 +106,7 @@ async fn locks(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 }
 
 /// What keeps vacuum from cleaning the outbox. The relay itself stays fast.
-async fn xmin(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn xmin(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let held = rows(
         pool,
         "SELECT format('session %s of %s (%s, %s) has had a transaction open for %s s', pid, usename, application_name, state,
@@ -143,7 +143,7 @@ async fn xmin(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 
 /// The queue is one for the whole server, and pinned by any session that stays in a transaction after LISTEN. Postgres does
 /// not say which that is; it is among those whose transaction is the oldest.
-async fn queue(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn queue(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let used: f64 = sqlx::query_scalar("SELECT pg_notification_queue_usage()").fetch_one(pool).await?;
     let suspects = rows(
         pool,
@@ -182,7 +182,7 @@ async fn queue(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
 }
 
 /// PREPARE TRANSACTION refuses a transaction that has notified, as writers do that find the relay parked.
-async fn prepared(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn prepared(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let row = sqlx::query(
         "SELECT current_setting('max_prepared_transactions')::int AS allowed, tidewire.wake_mode() AS mode,
                 (SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = current_database()) AS present",
@@ -206,7 +206,7 @@ async fn prepared(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
     }])
 }
 
-async fn dead_letters(pool: &PgPool) -> Result<Vec<Finding>, sqlx::Error> {
+async fn dead_letters(pool: &Pool) -> Result<Vec<Finding>, sqlx::Error> {
     let asked = rows(
         pool,
         "SELECT reader, count(*) AS letters, max(at)::text AS newest FROM tidewire.dead_letters GROUP BY reader ORDER BY reader",

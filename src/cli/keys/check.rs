@@ -4,11 +4,10 @@
 //! table as it is, a column that an existing table does not have, a view, operations that never happen. A **warning** is
 //! what does not work yet: a table that is still to be made or tracked, or to be tracked otherwise.
 
-use sqlx::PgPool;
-
 use crate::auth::scope::{OpSet, Scopes, TableScope};
 use crate::event::Operation;
 use crate::filter::{Column, Filter, Server};
+use crate::postgres::Pool;
 use crate::schema::TableInfo;
 use crate::schema::described::{self, Described};
 use crate::table_name::{TableName, TablePattern};
@@ -31,7 +30,7 @@ pub struct Findings {
 ///
 /// # Errors
 /// Postgres could not be asked.
-pub async fn check(pool: &PgPool, scopes: &Scopes) -> Result<Findings, sqlx::Error> {
+pub async fn check(pool: &Pool, scopes: &Scopes) -> Result<Findings, sqlx::Error> {
     let names: Vec<TableName> = scopes.tables().iter().filter_map(|scope| table_of(&scope.pattern)).cloned().collect();
     let described = described::describe(pool, &names).await?;
     let tracked = match scopes.tables().iter().any(|scope| scope.pattern.is_glob() && !scope.pattern.is_event()) {

@@ -93,7 +93,7 @@ impl TestCluster {
         .execute(&pool)
         .await
         .unwrap();
-        let key = store::create_key(&pool, "test", &Scopes::all(KEY_CONNECTIONS), None).await.unwrap();
+        let key = store::create_key(&pool.clone().into(), "test", &Scopes::all(KEY_CONNECTIONS), None).await.unwrap();
         let key = key.expose().to_owned();
         let target = address_of(url).await;
         let mut nodes = Vec::with_capacity(count);
@@ -183,7 +183,7 @@ impl TestCluster {
     /// A key with these scopes.
     pub(crate) async fn key(&self, scopes: serde_json::Value) -> ApiKey {
         let scopes: Scopes = serde_json::from_value(scopes).unwrap();
-        store::create_key(&self.pool, "test", &scopes, None).await.unwrap()
+        store::create_key(&self.pool.clone().into(), "test", &scopes, None).await.unwrap()
     }
 
     /// A client that may use any node.
