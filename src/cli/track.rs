@@ -114,7 +114,7 @@ fn parts(name: &TableName) -> anyhow::Result<(String, String)> {
 }
 
 /// Why a key may see nothing of the table, though its scopes name it.
-async fn hidden_by_row_security(pool: &PgPool, name: &TableName) -> anyhow::Result<Option<String>> {
+async fn hidden_by_row_security(pool: &Pool, name: &TableName) -> anyhow::Result<Option<String>> {
     let (schema, table) = parts(name)?;
     let row_security: bool = sqlx::query_scalar(
         "SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = format('%I.%I', $1::text, $2::text)::regclass",

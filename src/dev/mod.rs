@@ -156,7 +156,7 @@ async fn whole_run(options: DevOptions, voice: Voice, cancel: CancellationToken)
         // Before anything is started or changed; it is bound for good later.
         drop(bind_balancer(Some(port), Vec::new()).await?);
     }
-    let Some(base) = cancel.run_until_cancelled(Base::prepare(&options, voice)).await else { return Ok(()) };
+    let Some(base) = cancel.run_until_cancelled(Box::pin(Base::prepare(&options, voice))).await else { return Ok(()) };
     let mut base = base?;
     let done = match cancel.run_until_cancelled(base.furnish(&options)).await {
         None => Ok(()),

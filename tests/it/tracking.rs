@@ -375,7 +375,7 @@ async fn a_printed_grant_gives_the_right_to_emit() {
         let (role, options) = role(&database.pool, &database.url, "emits").await;
         let app = PgPool::connect_with(options.clone()).await.unwrap();
         let error = sqlx::query(EMIT).execute(&app).await.unwrap_err();
-        let message = tidewire::cli::connect::explained(&app, error).await.to_string();
+        let message = tidewire::cli::connect::explained(&app.clone().into(), error).await.to_string();
         let (_, grant) = message.split_once("with tidewire.emit(): ").expect(&message);
         assert_eq!(grant.contains("tidewire_app"), with_role, "{message}");
         run(&database.pool, grant).await;
