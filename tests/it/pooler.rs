@@ -38,7 +38,7 @@ impl Pooler {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let folder = tempfile::tempdir().unwrap();
         let config = format!(
-            "[databases]\n* = host={host} port={target} user={user} password={password}\n[pgbouncer]\nlisten_addr=127.0.0.1\n\
+            "[databases]\n* = host={host} port={target} user={user} password='{password}'\n[pgbouncer]\nlisten_addr=127.0.0.1\n\
              listen_port={port}\nunix_socket_dir=\nauth_type=any\npool_mode=transaction\ndefault_pool_size={sessions}\n\
              max_client_conn=500\n{more}\n"
         );
