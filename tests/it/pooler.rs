@@ -32,13 +32,17 @@ impl Pooler {
     async fn start(server: &PrivateServer, sessions: usize, more: &str) -> Self {
         let url = server.url("postgres");
         let (user, address) = url.trim_start_matches("postgres://").split_once('@').unwrap();
-        let (user, password) = user.split_once(':').unwrap_or((user, ""));
+        // An empty password is a syntax error there, with quotes and without.
+        let user = match user.split_once(':') {
+            Some((user, password)) => format!("{user} password='{password}'"),
+            None => user.to_owned(),
+        };
         let (host, rest) = address.split_once(':').unwrap();
         let target = rest.split('/').next().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let folder = tempfile::tempdir().unwrap();
         let config = format!(
-            "[databases]\n* = host={host} port={target} user={user} password='{password}'\n[pgbouncer]\nlisten_addr=127.0.0.1\n\
+            "[databases]\n* = host={host} port={target} user={user}\n[pgbouncer]\nlisten_addr=127.0.0.1\n\
              listen_port={port}\nunix_socket_dir=\nauth_type=any\npool_mode=transaction\ndefault_pool_size={sessions}\n\
              max_client_conn=500\n{more}\n"
         );
