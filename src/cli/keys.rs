@@ -84,7 +84,7 @@ struct Create {
     /// May use the administrative resources
     #[arg(long)]
     admin: bool,
-    /// For the history of rows and state at a time, which this version does not offer; resuming needs no such right
+    /// May begin at the oldest event that is kept (`from: "oldest"`); resuming from a cursor needs no such right
     #[arg(long)]
     history: bool,
     /// Connections over the whole cluster

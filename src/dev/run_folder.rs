@@ -85,7 +85,7 @@ impl RunFolder {
     /// The folder at `path`, made if need be and kept afterwards. A server that a killed run left in it is stopped.
     ///
     /// # Errors
-    /// When another live process owns the folder, or `account` may not enter it.
+    /// When another live process owns the folder, `account` may not enter it, or a Postgres of somebody else's lies in it.
     pub(super) fn kept(path: &Path, account: Account) -> io::Result<Self> {
         make_open_folder(path)?;
         let path = path.canonicalize()?;
@@ -93,6 +93,13 @@ impl RunFolder {
             return Err(io::Error::other(format!(
                 "the account that runs Postgres may not enter {}: choose another folder, or `chmod a+x` that one",
                 blocked.display()
+            )));
+        }
+        // Every folder of ours keeps its lock's file. A server in any other, running or not, is somebody's.
+        if data_dir_of(&path).join("PG_VERSION").exists() && !path.join(OWNER_LOCK).exists() {
+            return Err(io::Error::other(format!(
+                "{} holds a Postgres that tidewire did not make: choose another folder, or use that server with --database-url",
+                path.display()
             )));
         }
         let owner = own(&path)?.ok_or_else(|| in_use(&path))?;
@@ -315,6 +322,18 @@ mod tests {
         drop(first);
         assert!(path.exists());
         RunFolder::kept(&path, account()).unwrap();
+    }
+
+    /// Found in review: it was stopped, given our settings and the demo, and left down.
+    #[test]
+    fn a_server_that_is_not_ours_is_left_alone() {
+        let place = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+        let data = data_dir_of(place.path());
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("PG_VERSION"), "15\n").unwrap();
+        let refused = RunFolder::kept(place.path(), account()).unwrap_err().to_string();
+        assert!(refused.contains("that tidewire did not make"), "{refused}");
+        assert!(!place.path().join(OWNER_LOCK).exists(), "nothing was left in it");
     }
 
     #[test]

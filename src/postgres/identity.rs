@@ -99,7 +99,6 @@ pub(super) async fn ask(connection: &mut PgConnection, session: Session) -> Resu
             fit!("false"),
             ",
                 set_config('default_transaction_isolation', 'read committed', false),
-                set_config('default_transaction_read_only', 'off', false),
                 set_config('default_transaction_deferrable', 'off', false),
                 set_config('statement_timeout', '0', false),
                 CASE WHEN current_setting('idle_session_timeout', true) IS NOT NULL
@@ -114,7 +113,7 @@ pub(super) async fn ask(connection: &mut PgConnection, session: Session) -> Resu
 /// as [`ask`] does.
 pub(super) async fn begin(connection: &mut PgConnection) -> Result<Option<Incarnation>, sqlx::Error> {
     let begin = concat!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE; ",
+        "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE; ",
         question!(),
         ", ",
         fit!("true"),
